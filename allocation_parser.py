@@ -1,0 +1,601 @@
+"""From an allocation string to the split of a model: pure text and arithmetic.
+
+``parse_allocation`` reads what the user typed, ``plan_split`` decides where every block lives.
+No device, model or ComfyUI is touched here, so that the same input always gives the same split.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from fractions import Fraction
+
+GIB = 1 << 30
+MIB = 1 << 20
+KIB = 1 << 10
+
+CPU = "cpu"
+
+GRAMMAR = (
+    "Write 'device,amount' entries separated by ';'. Amounts are all bytes (2.5gb, 512mb), all "
+    "ratios of the model (25%), or all fractions of each device's memory (0.5). One entry may be "
+    "'*': it takes the rest. Example: cuda:0,2.5gb;cpu,*"
+)
+
+# Digits are spelled out: \d and float() would also take digits of other scripts, and a bounded
+# length keeps a pasted novel out of int().
+_AMOUNT = re.compile(r"([0-9]{1,18}(?:\.[0-9]{0,24})?|\.[0-9]{1,24})\s*([a-z%]*)")
+_UNITS = {
+    "b": 1,
+    **dict.fromkeys(("k", "kb", "kib"), KIB),
+    **dict.fromkeys(("m", "mb", "mib"), MIB),
+    **dict.fromkeys(("g", "gb", "gib"), GIB),
+}
+
+
+class AllocationError(ValueError):
+    """An allocation that cannot be followed: says which entry, why, and what is allowed."""
+
+
+class Mode(Enum):
+    """What the amounts of an allocation count."""
+
+    BYTES = "bytes"
+    RATIO = "ratio"
+    FRACTION = "fraction"
+    VIRTUAL_VRAM = "virtual VRAM"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One ``device,amount`` of an allocation string.
+
+    ``amount`` is in the unit of the allocation's mode: bytes, percent, or a fraction of the
+    device's memory; ``None`` where nothing but ``*`` was written. A ``wildcard`` takes its amount
+    in its turn, and at the end whatever is left.
+    """
+
+    device: str
+    amount: Fraction | None
+    wildcard: bool = False
+
+
+@dataclass(frozen=True)
+class Quota:
+    """The most bytes of weights that a device may hold; ``None``: no limit was given."""
+
+    device: str
+    nbytes: int | None
+    wildcard: bool = False
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """A parsed allocation string.
+
+    ``source`` is the string as MultiGPU stored it, ``entries`` are in the order written and hold
+    exactly one wildcard. In virtual VRAM mode ``virtual_vram`` is the number of bytes that leave
+    the compute device and the entries are the donors.
+    """
+
+    source: str
+    compute_device: str
+    mode: Mode
+    entries: tuple[Entry, ...]
+    virtual_vram: int = 0
+
+    def quotas(self, model_bytes: int, device_memory: Mapping[str, int]) -> tuple[Quota, ...]:
+        """The entries as byte quotas for a model of ``model_bytes``, in the order written.
+
+        ``device_memory`` maps device names to their total memory in bytes; it is read in fraction
+        and virtual VRAM mode only. A compute device that the string does not name has no quota.
+        """
+        if self.mode is Mode.VIRTUAL_VRAM:
+            compute = Quota(self.compute_device, max(0, model_bytes - self.virtual_vram))
+            donors = (
+                Quota(e.device, None if e.wildcard else device_memory[e.device], e.wildcard)
+                for e in self.entries
+            )
+            return (compute, *donors)
+        if self.mode is Mode.FRACTION:
+            units = {e.device: Fraction(device_memory[e.device]) for e in self.entries}
+        else:
+            unit = Fraction(model_bytes, 100) if self.mode is Mode.RATIO else Fraction(1)
+            units = {e.device: unit for e in self.entries}
+
+        def in_bytes(entry: Entry) -> int | None:
+            return None if entry.amount is None else int(entry.amount * units[entry.device])
+
+        return tuple(Quota(e.device, in_bytes(e), e.wildcard) for e in self.entries)
+
+
+@dataclass(frozen=True)
+class Block:
+    """One transformer block of a model: its dotted name and its packed size in bytes."""
+
+    name: str
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """What planning needs to know of a model.
+
+    ``blocks`` are in execution order; ``non_block_bytes`` always stay on the compute device;
+    ``min_slots`` is how many blocks the model's forward may hold at once.
+    """
+
+    blocks: tuple[Block, ...]
+    non_block_bytes: int
+    min_slots: int = 1
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all weights."""
+        return self.non_block_bytes + sum(block.nbytes for block in self.blocks)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Where every block of a model lives: the immutable result of planning.
+
+    ``homes[i]`` is the device of block ``i``; a block is resident where that is the compute
+    device, swapped otherwise. ``quotas`` are in the order written.
+    """
+
+    allocation: Allocation
+    sizes: ModelSizes
+    quotas: tuple[Quota, ...]
+    homes: tuple[str, ...]
+    slots: int
+    notes: tuple[str, ...] = ()
+
+    @property
+    def compute_device(self) -> str:
+        """Where every block runs."""
+        return self.allocation.compute_device
+
+    @property
+    def swapped(self) -> tuple[int, ...]:
+        """Indices of the blocks whose home is a donor, in execution order."""
+        return tuple(i for i, home in enumerate(self.homes) if home != self.compute_device)
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of one slot: the largest swapped block."""
+        return max((self.sizes.blocks[i].nbytes for i in self.swapped), default=0)
+
+    @property
+    def bytes_per_pass(self) -> int:
+        """Bytes that one forward pass copies to the compute device, once the slots are warm."""
+        if len(self.swapped) <= self.slots:
+            return 0
+        return sum(self.sizes.blocks[i].nbytes for i in self.swapped)
+
+    @property
+    def compute_bytes(self) -> int:
+        """Bytes on the compute device while the model runs: non-block, resident, slots."""
+        return self.bytes_on(self.compute_device)
+
+    def bytes_on(self, device: str) -> int:
+        """Bytes of weights on ``device`` while the model runs."""
+        placed = sum(
+            block.nbytes
+            for block, home in zip(self.sizes.blocks, self.homes, strict=True)
+            if home == device
+        )
+        if device == self.compute_device:
+            placed += self.sizes.non_block_bytes + self.slots * self.slot_bytes
+        return placed
+
+    def devices(self) -> tuple[str, ...]:
+        """Every device of the split, the compute device first, donors in the order written."""
+        donors = (quota.device for quota in self.quotas if quota.device != self.compute_device)
+        return (self.compute_device, *donors)
+
+    def table(self) -> str:
+        """The split as the text that is printed once per load."""
+        quotas = {quota.device: quota for quota in self.quotas}
+        row = "  {:<10} {:<8} {:>11} {:>7} {:>11}".format
+        lines = [
+            f"Block swap of {self.allocation.source}",
+            row("device", "role", "quota", "blocks", "placed"),
+        ]
+        for device in self.devices():
+            lines.append(
+                row(
+                    device,
+                    "compute" if device == self.compute_device else "donor",
+                    _quota_text(quotas.get(device)),
+                    self.homes.count(device),
+                    format_bytes(self.bytes_on(device)),
+                )
+            )
+        lines.append(
+            f"  {self.compute_device}: {format_bytes(self.sizes.non_block_bytes)} of non-block "
+            f"weights, {self.homes.count(self.compute_device)} resident blocks and {self.slots} "
+            f"slots of {format_bytes(self.slot_bytes)}"
+        )
+        lines.append(
+            f"  each forward pass moves {format_bytes(self.bytes_per_pass)} to "
+            f"{self.compute_device}"
+        )
+        return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
+
+
+def format_bytes(nbytes: int) -> str:
+    """``nbytes`` with two decimals in GiB, or in MiB below one GiB."""
+    return f"{nbytes / GIB:.2f} GiB" if nbytes >= GIB else f"{nbytes / MIB:.2f} MiB"
+
+
+def _quota_text(quota: Quota | None) -> str:
+    if quota is None:
+        return "none given"
+    if quota.nbytes is None:
+        return "the rest"
+    return format_bytes(quota.nbytes) + (" +" if quota.wildcard else "")
+
+
+# --------------------------------------------------------------------------------------------
+# string -> Allocation
+# --------------------------------------------------------------------------------------------
+
+
+def parse_allocation(
+    text: str, devices: Sequence[str], compute_device: str | None = None
+) -> Allocation:
+    """Read an allocation string, as typed or as MultiGPU stores it.
+
+    ``text`` is ``<expert>#<compute>;<virtual_vram_gb>;<donor>[,<donor>]``, ``<expert>#<compute>``
+    or the expert part alone. ``devices`` are the names present on this machine, ``compute_device``
+    is where the model will run; it overrides what stands behind the ``#``.
+
+    Raises:
+        AllocationError: the string cannot be followed as written.
+    """
+    if not isinstance(text, str):
+        raise AllocationError(f"An allocation is a string, not {type(text).__name__}. {GRAMMAR}")
+    expert, _, virtual = text.rpartition("#") if "#" in text else (text, "", "")
+    stored_compute, *virtual_parts = virtual.split(";")
+    if compute_device is None:
+        compute_device = stored_compute.strip()
+    reader = _Reader(text, tuple(devices))
+    compute = reader.device(compute_device, f"compute device {_quote(compute_device)}")
+    if expert.strip():
+        mode, entries = reader.expert_entries(expert)
+        return Allocation(text, compute, mode, _with_wildcard(entries))
+    if len(virtual_parts) < 2:
+        raise reader.error("it is empty")
+    amount = reader.virtual_vram(virtual_parts[0])
+    donors = reader.donors(";".join(virtual_parts[1:]), compute)
+    return Allocation(text, compute, Mode.VIRTUAL_VRAM, _with_wildcard(donors), amount)
+
+
+class _Reader:
+    """Reads the parts of one allocation string; its errors quote where they stand in it."""
+
+    def __init__(self, text: str, devices: tuple[str, ...]):
+        self.text = text
+        self.devices = devices
+
+    def error(self, problem: str, where: str = "") -> AllocationError:
+        place = f"{where}: " if where else ""
+        return AllocationError(
+            f"Allocation {_quote(self.text)}: {place}{problem}. "
+            f"Devices present: {', '.join(self.devices)}. {GRAMMAR}"
+        )
+
+    def device(self, name: str, where: str) -> str:
+        wanted = name.strip().lower()
+        kind, _, index = wanted.partition(":")
+        # 'cuda' means 'cuda:0', 'mps:0' means 'mps', as for torch.device.
+        for candidate in (wanted, f"{wanted}:0", kind if index == "0" else wanted):
+            if candidate in self.devices:
+                return candidate
+        problem = f"this machine has no device {_quote(name.strip())}" if wanted else "no device"
+        raise self.error(problem, where)
+
+    def expert_entries(self, expert: str) -> tuple[Mode, list[Entry]]:
+        entries: list[Entry] = []
+        modes: dict[Mode, str] = {}
+        for number, part in enumerate(expert.split(";"), start=1):
+            where = f"entry {number} {_quote(part)}"
+            if not part.strip():
+                raise self.error("the entry is empty", where)
+            name, comma, value = part.partition(",")
+            if not comma:
+                raise self.error("there is no ',' between device and amount", where)
+            device = self.device(name, where)
+            if any(device == entry.device for entry in entries):
+                raise self.error(f"{device} is given twice", where)
+            amount, mode = self.amount(value.strip().lower(), where)
+            entry = Entry(device, amount, wildcard=amount is None)
+            if entry.wildcard and any(other.wildcard for other in entries):
+                raise self.error("there is more than one '*'", where)
+            if mode is not None:
+                modes.setdefault(mode, where)
+            entries.append(entry)
+        if len(modes) > 1:
+            mixed = " and ".join(f"{where} is {mode.value}" for mode, where in modes.items())
+            raise self.error(f"the amounts are mixed, {mixed}")
+        mode = next(iter(modes), Mode.BYTES)
+        if mode is Mode.RATIO and not any(entry.wildcard for entry in entries):
+            entries = self.normalised(entries)
+        return mode, entries
+
+    def normalised(self, entries: list[Entry]) -> list[Entry]:
+        """Ratios as percent of the model: 8:8:4 is 40/40/20."""
+        whole = sum((entry.amount or Fraction(0) for entry in entries), Fraction(0))
+        if not whole:
+            raise self.error("the ratios add up to nothing")
+        return [Entry(e.device, 100 * (e.amount or Fraction(0)) / whole) for e in entries]
+
+    def amount(self, value: str, where: str) -> tuple[Fraction | None, Mode | None]:
+        """An amount and the mode it speaks for; a bare 0 is nothing in every mode."""
+        if value.endswith("*"):
+            if value != "*":
+                self.amount(value[:-1].strip(), where)
+            return None, None
+        match = _AMOUNT.fullmatch(value)
+        if not match:
+            problem = f"{_quote(value)} is not an amount" if value else "the amount is missing"
+            raise self.error(problem, where)
+        number, unit = Fraction(match[1]), match[2]
+        if unit == "%":
+            return number, Mode.RATIO
+        if unit:
+            if unit not in _UNITS:
+                raise self.error(f"{_quote(unit)} is not a unit", where)
+            return number * _UNITS[unit], Mode.BYTES
+        if number > 1:
+            raise self.error(
+                f"a number without a unit is a fraction of the device's memory, at most 1; "
+                f"write {match[1]}gb or {match[1]}%",
+                where,
+            )
+        return number, Mode.FRACTION if number else None
+
+    def virtual_vram(self, value: str) -> int:
+        match = _AMOUNT.fullmatch(value.strip())
+        if not match or match[2]:
+            raise self.error(f"{_quote(value)} is not an amount of virtual VRAM in GiB")
+        return int(Fraction(match[1]) * GIB)
+
+    def donors(self, names: str, compute_device: str) -> list[Entry]:
+        entries: list[Entry] = []
+        for name in names.split(","):
+            where = f"donor {_quote(name)}"
+            device = self.device(name, where)
+            if device == compute_device != CPU:
+                raise self.error("the donor is the compute device, so nothing can leave it", where)
+            if any(device == entry.device for entry in entries):
+                raise self.error(f"{device} is given twice", where)
+            entries.append(Entry(device, None, wildcard=device == CPU))
+        return entries
+
+
+def _with_wildcard(entries: list[Entry]) -> tuple[Entry, ...]:
+    """``entries`` with exactly one wildcard: the CPU where none is written."""
+    if any(entry.wildcard for entry in entries):
+        return tuple(entries)
+    if any(entry.device == CPU for entry in entries):
+        return tuple(Entry(e.device, e.amount, wildcard=e.device == CPU) for e in entries)
+    return (*entries, Entry(CPU, None, wildcard=True))
+
+
+def _quote(text: str, limit: int = 80) -> str:
+    shown = text if len(text) <= limit else text[: limit - 3] + "..."
+    return ascii(shown)
+
+
+# --------------------------------------------------------------------------------------------
+# Allocation -> Split
+# --------------------------------------------------------------------------------------------
+
+
+def plan_split(
+    allocation: Allocation, sizes: ModelSizes, device_memory: Mapping[str, int]
+) -> Split:
+    """Decide the home of every block.
+
+    Quotas are filled in the order written and never exceeded, except for the wildcard's and
+    except that the compute device always gets the floor: non-block weights and slots.
+    ``device_memory`` maps device names to their total bytes.
+    """
+    quotas = allocation.quotas(sizes.total_bytes, device_memory)
+    compute = allocation.compute_device
+    if compute == CPU:
+        return Split(allocation, sizes, quotas, (CPU,) * len(sizes.blocks), slots=0)
+    room = _Room.of(allocation, quotas)
+    swapped, slots = _choose_swapped(sizes, room)
+    slots = min(slots, len(swapped))
+    homes = _choose_donors(sizes, swapped, [q for q in quotas if q.device != compute])
+    homes_by_index = tuple(homes.get(i, compute) for i in range(len(sizes.blocks)))
+    split = Split(allocation, sizes, quotas, homes_by_index, slots)
+    notes = (*_floor_note(split, room), *_overflow_note(split))
+    return Split(allocation, sizes, quotas, homes_by_index, slots, notes)
+
+
+@dataclass(frozen=True)
+class _Room:
+    """What bounds the choice of swapped blocks.
+
+    ``compute_bytes``: the compute device's quota, ``None`` without limit. ``firm``: whether the
+    user wrote that number. ``owed``: byte quotas of the donors that are filled before the compute
+    device gets anything.
+    """
+
+    compute_bytes: int | None
+    firm: bool
+    owed: tuple[int, ...]
+
+    @classmethod
+    def of(cls, allocation: Allocation, quotas: Sequence[Quota]) -> _Room:
+        named = [quota.device for quota in quotas]
+        if allocation.compute_device not in named:
+            return cls(0, firm=False, owed=())
+        position = named.index(allocation.compute_device)
+        quota = quotas[position]
+        # A wildcard is served last, wherever it is written.
+        before = quotas if quota.wildcard else quotas[:position]
+        owed = tuple(
+            other.nbytes
+            for other in before
+            if other.device != quota.device and other.nbytes is not None
+        )
+        limit = None if quota.wildcard else quota.nbytes
+        return cls(limit, firm=allocation.mode is not Mode.VIRTUAL_VRAM, owed=owed)
+
+    def holds(self, nbytes: int) -> bool:
+        return self.compute_bytes is None or nbytes <= self.compute_bytes
+
+
+def _choose_swapped(sizes: ModelSizes, room: _Room) -> tuple[tuple[int, ...], int]:
+    """The swapped blocks and the number of slots.
+
+    With swapped blocks evenly spread, a step costs max(compute, transfer) exactly if block j can
+    be placed in a window of (slots - 1) * L / N - 1 blocks: two slots give every window an integer
+    while at most half of the L blocks (or all of them) are swapped, three slots always do.
+    """
+    everything = tuple(range(len(sizes.blocks)))
+    owed = _count_owed(sizes, room.owed)
+    if owed == 0 and room.holds(sizes.total_bytes):
+        return (), 0
+    two = max(2, sizes.min_slots)
+    swapped = _fewest_swapped(sizes, room, two, owed)
+    if swapped is not None:
+        if len(everything) < 2 * len(swapped) < 2 * len(everything):
+            three = max(3, sizes.min_slots)
+            return _fewest_swapped(sizes, room, three, owed) or swapped, three
+        return swapped, two
+    swapped = _fewest_swapped(sizes, room, sizes.min_slots, owed)
+    if swapped is not None:
+        return swapped, sizes.min_slots
+    return everything, sizes.min_slots if room.firm else two
+
+
+def _fewest_swapped(
+    sizes: ModelSizes, room: _Room, slots: int, owed: int
+) -> tuple[int, ...] | None:
+    """The smallest evenly spread set of at least ``owed`` blocks that leaves the rest room."""
+    count = len(sizes.blocks)
+    for number in range(max(owed, 1), count + 1):
+        swapped = spread(number, count)
+        if room.holds(_compute_bytes(sizes, swapped, slots)):
+            break
+    else:
+        return None
+    if number == owed:
+        return swapped
+    # Blocks of different sizes can leave room for one more: keep it resident.
+    for index in sorted(swapped, key=lambda i: -sizes.blocks[i].nbytes):
+        fewer = tuple(i for i in swapped if i != index)
+        if len(fewer) >= owed and room.holds(_compute_bytes(sizes, fewer, slots)):
+            swapped = fewer
+    return swapped
+
+
+def _compute_bytes(sizes: ModelSizes, swapped: tuple[int, ...], slots: int) -> int:
+    away = [sizes.blocks[i].nbytes for i in swapped]
+    return sizes.total_bytes - sum(away) + slots * max(away, default=0)
+
+
+def spread(number: int, count: int) -> tuple[int, ...]:
+    """``number`` of ``count`` positions, evenly spread, each as late as its share allows.
+
+    Late, because then the copies of a first pass have resident blocks to hide behind.
+    """
+    return tuple(-(-(j + 1) * count // number) - 1 for j in range(number))
+
+
+def _count_owed(sizes: ModelSizes, owed: tuple[int, ...]) -> int:
+    """How many evenly spread blocks fit in the byte quotas ``owed``, filled one after another."""
+    count = len(sizes.blocks)
+    for number in range(count, 0, -1):
+        left = list(owed)
+        for index in spread(number, count):
+            nbytes = sizes.blocks[index].nbytes
+            fitting = next((k for k, room in enumerate(left) if room >= nbytes), None)
+            if fitting is None:
+                break
+            left[fitting] -= nbytes
+        else:
+            return number
+    return 0
+
+
+def _choose_donors(
+    sizes: ModelSizes, swapped: tuple[int, ...], donors: Sequence[Quota]
+) -> dict[int, str]:
+    """The home of every swapped block, donors interleaved so that their links work together."""
+    shares = _donor_shares([sizes.blocks[i].nbytes for i in swapped], donors)
+    used = dict.fromkeys(shares, 0)
+    limits = {q.device: None if q.wildcard else q.nbytes for q in donors}
+
+    def fits(device: str, nbytes: int) -> bool:
+        limit = limits[device]
+        return limit is None or used[device] + nbytes <= limit
+
+    homes: dict[int, str] = {}
+    for index in swapped:
+        nbytes = sizes.blocks[index].nbytes
+        candidates = [device for device in shares if shares[device] and fits(device, nbytes)]
+        candidates = candidates or [device for device in shares if fits(device, nbytes)]
+        if not candidates:
+            continue  # The compute device is the wildcard: what no donor can hold stays there.
+        home = min(candidates, key=lambda d: Fraction(used[d] + nbytes, shares[d] or 1))
+        homes[index] = home
+        used[home] += nbytes
+    # Rounding to whole blocks may leave room on a donor that comes first: fill it.
+    wildcards = {device for device, limit in limits.items() if limit is None}
+    named = [device for device in shares if device not in wildcards]
+    for position, device in enumerate(named):
+        later = wildcards.union(named[position + 1 :])
+        for index, home in homes.items():
+            nbytes = sizes.blocks[index].nbytes
+            if home in later and fits(device, nbytes):
+                homes[index] = device
+                used[device] += nbytes
+                used[home] -= nbytes
+    return homes
+
+
+def _donor_shares(sizes: Sequence[int], donors: Sequence[Quota]) -> dict[str, int]:
+    """Bytes of the blocks that each donor gets: quotas in the order written, then the rest."""
+    shares = {quota.device: 0 for quota in donors}
+    left = list(sizes)
+    for quota in donors:
+        for nbytes in list(left):
+            if shares[quota.device] + nbytes <= (quota.nbytes or 0):
+                shares[quota.device] += nbytes
+                left.remove(nbytes)
+    for quota in donors:
+        if quota.wildcard:
+            shares[quota.device] += sum(left)
+    return shares
+
+
+def _floor_note(split: Split, room: _Room) -> tuple[str, ...]:
+    named = any(quota.device == split.compute_device for quota in split.quotas)
+    if not named or room.holds(split.compute_bytes):
+        return ()
+    quota, needed = format_bytes(room.compute_bytes or 0), format_bytes(split.compute_bytes)
+    note = f"below the floor: {split.compute_device} has a quota of {quota}, "
+    return (f"{note}the model runs with {needed} of non-block weights and slots",)
+
+
+def _overflow_note(split: Split) -> tuple[str, ...]:
+    """In fraction mode, a warning where the CPU holds more than was written for it."""
+    if split.allocation.mode is not Mode.FRACTION or split.compute_device == CPU:
+        return ()
+    cpu = next((entry for entry in split.allocation.entries if entry.device == CPU), None)
+    quota = next((quota for quota in split.quotas if quota.device == CPU), None)
+    if cpu is None or quota is None or not cpu.wildcard:
+        return ()
+    written = quota.nbytes or 0
+    if split.bytes_on(CPU) <= written:
+        return ()
+    over = split.bytes_on(CPU) - written
+    return (f"warning: {format_bytes(over)} did not fit the fractions and went to {CPU}",)

@@ -1,0 +1,104 @@
+"""What devices this machine has: their names, memory and streams. Knows torch, not ComfyUI."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from types import ModuleType
+
+import psutil
+import torch
+
+logger = logging.getLogger("MultiGPU")
+
+CPU = torch.device("cpu")
+
+# Families that register a device module with torch under their own name, and the vendor plug-in
+# that has to be imported before torch knows it.
+_INDEXED_FAMILIES = {
+    "cuda": None,
+    "xpu": None,
+    "npu": "torch_npu",
+    "mlu": "torch_mlu",
+    "corex": None,
+}
+
+
+def device_names() -> tuple[str, ...]:
+    """Every device that can hold tensors, the CPU first: ``cpu``, ``cuda:0``, ``mps``, ...
+
+    The names are those that MultiGPU offers in its device inputs.
+    """
+    names = ["cpu"]
+    families = dict(_INDEXED_FAMILIES)
+    families.setdefault(torch._C._get_privateuse1_backend_name(), None)
+    for family, plugin in families.items():
+        module = _family_module(family, plugin)
+        names += [f"{family}:{index}" for index in range(_device_count(module))]
+    if torch.backends.mps.is_available():
+        names.append("mps")
+    directml = _import_plugin("torch_directml")
+    if directml is not None:
+        names += [f"directml:{index}" for index in range(directml.device_count())]
+    return tuple(names)
+
+
+def torch_device(name: str) -> torch.device:
+    """The torch device behind a name of ``device_names``."""
+    if name.startswith("directml:"):
+        return importlib.import_module("torch_directml").device(int(name.partition(":")[2]))
+    return torch.device(name)
+
+
+def total_memory(name: str) -> int:
+    """Total memory of a device in bytes; 0 where its backend does not tell."""
+    device = torch_device(name)
+    if device.type == "cpu":
+        return psutil.virtual_memory().total
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory()
+    module = _family_module(device.type)
+    if hasattr(module, "mem_get_info"):
+        return module.mem_get_info(device)[1]
+    if hasattr(module, "get_device_properties"):
+        return module.get_device_properties(device).total_memory
+    return 0
+
+
+def stream_module(device: torch.device) -> ModuleType | None:
+    """The torch module that makes streams and events for ``device``; ``None`` where it has none."""
+    if device.type == "cpu":
+        return None
+    module = _family_module(device.type)
+    capable = all(hasattr(module, name) for name in ("Stream", "Event", "stream", "current_stream"))
+    return module if capable else None
+
+
+def synchronize(device: torch.device) -> None:
+    """Block the host until everything queued on ``device`` is done."""
+    module = None if device.type == "cpu" else _family_module(device.type)
+    if hasattr(module, "synchronize"):
+        # torch.mps.synchronize takes no device: there is but one.
+        module.synchronize() if device.type == "mps" else module.synchronize(device)
+
+
+def _family_module(family: str, plugin: str | None = None) -> ModuleType | None:
+    """``torch.<family>``, the module of a device family, or ``None``."""
+    if plugin is not None and not hasattr(torch, family):
+        _import_plugin(plugin)
+    return getattr(torch, family, None)
+
+
+def _device_count(module: ModuleType | None) -> int:
+    if module is None or not hasattr(module, "device_count"):
+        return 0
+    if hasattr(module, "is_available") and not module.is_available():
+        return 0
+    return module.device_count()
+
+
+def _import_plugin(name: str) -> ModuleType | None:
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        return None

@@ -1,0 +1,469 @@
+"""The joins to loading: MultiGPU's DisTorch2 loader nodes and ComfyUI's ModelPatcher.
+
+A DisTorch2 loader makes a plain ``ModelPatcher`` and has its allocation string checked. A Wan
+model that carries an allocation is then loaded, accounted for and unloaded by this plugin; every
+other model goes on to whatever ComfyUI and MultiGPU would have done with it.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+
+import torch
+
+from . import device_utils
+from .allocation_parser import (
+    Allocation,
+    Block,
+    ModelSizes,
+    Split,
+    parse_allocation,
+    plan_split,
+)
+from .patch_table import Patch, PatchTable
+from .swap_executor import BlockSwap, Pack
+
+logger = logging.getLogger("MultiGPU")
+
+# Where MultiGPU leaves the allocation, and where this plugin leaves its state: on the inner model,
+# which all clones of a patcher share.
+META = "_distorch_v2_meta"
+STATE = "_distorch2_block_swap"
+
+WAN_MODULES = "comfy.ldm.wan."
+
+
+# --------------------------------------------------------------------------------------------
+# What a Wan model is made of
+# --------------------------------------------------------------------------------------------
+
+
+def allocation_text(model: torch.nn.Module) -> str:
+    """The allocation string that MultiGPU stored on an inner model, or ``""``."""
+    return getattr(model, META, {}).get("full_allocation", "")
+
+
+def block_lists(diffusion_model: torch.nn.Module) -> dict[str, torch.nn.ModuleList]:
+    """The block lists of a Wan diffusion model by name; empty for any other model.
+
+    A Wan is told by where its classes come from, its further lists (``vace_blocks``) by holding
+    the same kind of block as ``blocks``.
+    """
+    classes = type(diffusion_model).__mro__
+    if not any(cls.__module__.startswith(WAN_MODULES) for cls in classes):
+        return {}
+    lists = {
+        name: child
+        for name, child in diffusion_model.named_children()
+        if isinstance(child, torch.nn.ModuleList) and len(child)
+    }
+    if "blocks" not in lists:
+        return {}
+    kind = type(lists["blocks"][0])
+    return {name: child for name, child in lists.items() if isinstance(child[0], kind)}
+
+
+def is_swapped_here(patcher) -> bool:
+    """Whether this plugin, and not MultiGPU, loads the model of ``patcher``."""
+    model = patcher.model
+    if hasattr(model, STATE):
+        return True
+    diffusion_model = getattr(model, "diffusion_model", None)
+    return (
+        diffusion_model is not None
+        and bool(allocation_text(model))
+        and not getattr(patcher, "is_dynamic", bool)()
+        and bool(block_lists(diffusion_model))
+    )
+
+
+def read_allocation(patcher) -> Allocation:
+    """The parsed allocation of a patcher's model.
+
+    Raises:
+        AllocationError: the string cannot be followed as written.
+    """
+    return parse_allocation(
+        allocation_text(patcher.model), device_utils.device_names(), str(patcher.load_device)
+    )
+
+
+# --------------------------------------------------------------------------------------------
+# A model loaded by this plugin
+# --------------------------------------------------------------------------------------------
+
+
+class SwappedModel:
+    """The weights of one Wan model, packed, and the swap that runs it.
+
+    Lives on the inner model and holds no reference back to it, so that a model which ComfyUI lets
+    go is freed at once.
+    """
+
+    def __init__(self, model: torch.nn.Module, allocation: Allocation):
+        diffusion_model = model.diffusion_model
+        lists = block_lists(diffusion_model)
+        blocks = _in_execution_order(lists)
+        in_blocks = {id(module) for _, _, block in blocks for module in block.modules()}
+        rest = [module for module in diffusion_model.modules() if id(module) not in in_blocks]
+        self.packs = [Pack.layout(block.modules()) for _, _, block in blocks]
+        self.non_block = Pack.layout(rest)
+        # What the inner model holds beside the diffusion model (sigmas) moves along, unpacked:
+        # ComfyUI replaces these modules and buffers at will.
+        beside = sum(t.nbytes for module in _beside(model) for t in _tensors(module))
+        sizes = ModelSizes(
+            blocks=tuple(
+                Block(f"{name}.{position}", pack.nbytes)
+                for (name, position, _), pack in zip(blocks, self.packs, strict=True)
+            ),
+            non_block_bytes=self.non_block.nbytes + beside,
+            min_slots=len(lists),
+        )
+        memory = {
+            entry.device: device_utils.total_memory(entry.device) for entry in allocation.entries
+        }
+        self.split: Split = plan_split(allocation, sizes, memory)
+        indices = {
+            name: [i for i, (other, _, _) in enumerate(blocks) if other == name] for name in lists
+        }
+        compute = device_utils.torch_device(self.split.compute_device)
+        # A split without slots needs some once ``give_back`` has taken its resident blocks away.
+        self.swap = BlockSwap(compute, self.packs, indices, self.split.slots or 2)
+        self._undrive = None
+
+    @property
+    def loaded(self) -> bool:
+        """Whether the model is placed and driven as its split says."""
+        return self._undrive is not None
+
+    def compute_bytes(self) -> int:
+        """Bytes of weights on the compute device now."""
+        here = self.swap.compute_device
+        placed = sum(p.nbytes for p in (self.non_block, *self.packs) if p.device == here)
+        beside = self.split.sizes.non_block_bytes - self.non_block.nbytes if self.loaded else 0
+        return placed + beside + self.swap.slot_bytes
+
+    def load(self, model: torch.nn.Module, pin, unpin) -> None:
+        """Put every block where the split wants it, straight, one at a time."""
+        compute = self.swap.compute_device
+        self.swap.settle()
+        self.non_block.place(compute)
+        for module in _beside(model):
+            module.to(compute)
+        for pack, home in zip(self.packs, self.split.homes, strict=True):
+            pack.place(device_utils.torch_device(home))
+            if pack.device != compute and pack.device.type == "cpu":
+                pack.lock(pin, unpin)
+        self.swap.update()
+        if self._undrive is None:
+            self._undrive = self.swap.drive(model.diffusion_model)
+
+    def give_back(self, nbytes: int, offload_device: torch.device) -> int:
+        """Free at least ``nbytes`` of the compute device if possible; returns the bytes freed.
+
+        The slots go first, then resident blocks move to ``offload_device`` one by one. The model
+        still runs, in slots allocated when it does, and the next load restores the split.
+        """
+        freed = self.swap.drop_slots()
+        for pack in self.packs:
+            if freed >= nbytes:
+                break
+            if pack.device == self.swap.compute_device:
+                pack.place(offload_device)
+                freed += pack.nbytes
+        self.swap.update()
+        return freed
+
+    def unload(self, device: torch.device) -> None:
+        """Take all weights to ``device`` and leave the model as if it had never been swapped."""
+        self.swap.drop_slots()
+        for pack in (self.non_block, *self.packs):
+            pack.unlock()
+            pack.place(device)
+        if self._undrive is not None:
+            self._undrive()
+            self._undrive = None
+
+
+def _in_execution_order(
+    lists: dict[str, torch.nn.ModuleList],
+) -> list[tuple[str, int, torch.nn.Module]]:
+    """(list, position, block) of every block; lists of different length run side by side."""
+    blocks = [
+        ((position + 0.5) / len(modules), order, name, position, block)
+        for order, (name, modules) in enumerate(lists.items())
+        for position, block in enumerate(modules)
+    ]
+    return [entry[2:] for entry in sorted(blocks, key=lambda entry: entry[:2])]
+
+
+def _beside(model: torch.nn.Module) -> list[torch.nn.Module]:
+    return [child for name, child in model.named_children() if name != "diffusion_model"]
+
+
+def _tensors(module: torch.nn.Module) -> Iterator[torch.Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()
+
+
+# --------------------------------------------------------------------------------------------
+# ModelPatcher
+# --------------------------------------------------------------------------------------------
+
+
+def _state(patcher) -> SwappedModel:
+    """The swap state of a patcher's model, made at its first load."""
+    state = getattr(patcher.model, STATE, None)
+    if state is None:
+        state = SwappedModel(patcher.model, read_allocation(patcher))
+        setattr(patcher.model, STATE, state)
+    return state
+
+
+def partially_load(wrapped, patcher, args, kwargs):
+    """Load a Wan model by its split; its quota, not ``extra_memory``, says how much."""
+    if not is_swapped_here(patcher):
+        return wrapped(*args, **kwargs)
+    return _load(patcher, *args, **kwargs)
+
+
+def _load(patcher, device_to, extra_memory=0, force_patch_weights=False, **_):
+    import comfy.model_management as mm
+
+    model, state = patcher.model, _state(patcher)
+    with patcher.use_ejected(skip_and_inject_on_exit_only=True):
+        before = model.model_loaded_weight_memory
+        applied = model.current_weight_patches_uuid
+        changed = applied is not None and (applied != patcher.patches_uuid or force_patch_weights)
+        # Weights are unpatched where they lie: no device is named, so nothing moves.
+        patcher.unpatch_model(None, unpatch_weights=changed)
+        patcher.patch_model(load_weights=False)
+        try:
+            if not state.loaded:
+                logger.info(state.split.table())
+            state.load(model, mm.pin_memory, mm.unpin_memory)
+            if model.current_weight_patches_uuid is None:
+                patcher.unpatch_hooks()
+                _patch_weights(patcher, device_to)
+            state.swap.allocate_slots()
+        except BaseException:
+            patcher.detach()
+            raise
+        model.model_lowvram = False
+        model.device = device_to
+        model.current_weight_patches_uuid = patcher.patches_uuid
+        model.model_loaded_weight_memory = state.compute_bytes()
+        patcher.apply_hooks(patcher.forced_hooks, force_apply=True)
+        return model.model_loaded_weight_memory - before
+
+
+def _patch_weights(patcher, device_to) -> None:
+    """Apply the patcher's weight patches in place, computed on the compute device.
+
+    Follows ``ModelPatcher.load`` for a model that is loaded completely, except that weights stay
+    where they are; ``backup`` holds the originals of patched weights and nothing else.
+    """
+    from comfy.model_patcher import (
+        key_param_name_to_key,
+        move_weight_functions,
+        wipe_lowvram_weight,
+    )
+
+    for entry in patcher._load_list():
+        name, module, params = entry[-3:]
+        module.comfy_force_cast_weights = patcher.force_cast_weights
+        if hasattr(module, "comfy_cast_weights"):
+            wipe_lowvram_weight(module)
+            if patcher.force_cast_weights:
+                module.prev_comfy_cast_weights = module.comfy_cast_weights
+                module.comfy_cast_weights = True
+        for param, functions in (("weight", "weight_function"), ("bias", "bias_function")):
+            wrappers = patcher.weight_wrapper_patches.get(f"{name}.{param}", [])
+            if wrappers:
+                getattr(module, functions).extend(wrappers)
+        move_weight_functions(module, device_to)
+        for param in params:
+            key = key_param_name_to_key(name, param)
+            patcher.patch_weight_to_device(key, device_to=device_to, inplace_update=True)
+        module.comfy_patched_weights = True
+
+
+def unpatch_model(wrapped, patcher, args, kwargs):
+    """Before weights are unpatched or moved away: no copy may be under way, nothing swapped."""
+
+    def bind(device_to=None, unpatch_weights=True):
+        return device_to, unpatch_weights
+
+    device_to, unpatch_weights = bind(*args, **kwargs)
+    state = getattr(patcher.model, STATE, None)
+    if state is not None and unpatch_weights:
+        state.swap.settle()
+        if device_to is not None:
+            state.unload(device_to)
+    return wrapped(*args, **kwargs)
+
+
+def partially_unload(wrapped, patcher, args, kwargs):
+    """Give memory of the compute device back, slots first."""
+    state = getattr(patcher.model, STATE, None)
+    if state is None or not state.loaded:
+        return wrapped(*args, **kwargs)
+
+    def bind(device_to, memory_to_free=0, force_patch_weights=False):
+        return device_to, memory_to_free
+
+    device_to, memory_to_free = bind(*args, **kwargs)
+    freed = state.give_back(memory_to_free, device_to)
+    patcher.model.model_loaded_weight_memory = state.compute_bytes()
+    return freed
+
+
+def change_hooks(wrapped, patcher, args, kwargs):
+    """Hooks write into the weights: no slot may keep what they were, no copy may read them."""
+    state = getattr(patcher.model, STATE, None)
+    if state is not None:
+        state.swap.settle()
+    return wrapped(*args, **kwargs)
+
+
+# --------------------------------------------------------------------------------------------
+# comfy.model_management
+# --------------------------------------------------------------------------------------------
+
+
+def model_memory_required(wrapped, loaded_model, args, kwargs):
+    """What a load will take of the compute device: the split's share, less what is there."""
+    patcher = loaded_model.model
+    if not is_swapped_here(patcher):
+        return wrapped(*args, **kwargs)
+    state = _state(patcher)
+    return max(0, state.split.compute_bytes - state.compute_bytes())
+
+
+def _load_models_gpu(original):
+    """MultiGPU's ``load_models_gpu`` computes with the whole model and evicts everything else.
+
+    ``original`` is ComfyUI's, which computes with ``model_memory_required``.
+    """
+
+    def load_models_gpu(wrapped, instance, args, kwargs):
+        models = kwargs["models"] if "models" in kwargs else args[0]
+        if any(hasattr(m, "model") and is_swapped_here(m) for m in models):
+            return original(*args, **kwargs)
+        return wrapped(*args, **kwargs)
+
+    return load_models_gpu
+
+
+# --------------------------------------------------------------------------------------------
+# DisTorch2 loader nodes
+# --------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def without_dynamic_vram() -> Iterator[None]:
+    """Models made inside get a plain ``ModelPatcher`` and real weights.
+
+    With DynamicVRAM, patchers are ``ModelPatcherDynamic``, which overrides ``partially_load`` and
+    so never comes to an allocation, and layers are built without weights.
+    """
+    import comfy.memory_management
+    import comfy.model_patcher
+
+    switches = [
+        (comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher),
+        (comfy.memory_management, "aimdo_enabled", False),
+    ]
+    switches = [switch for switch in switches if hasattr(*switch[:2])]
+    before = [getattr(owner, name) for owner, name, _ in switches]
+    for owner, name, value in switches:
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for (owner, name, _), value in zip(switches, before, strict=True):
+            setattr(owner, name, value)
+
+
+def _loader(join: LoadingJoin):
+    def load(wrapped, node, args, kwargs):
+        join.arm()
+        with without_dynamic_vram():
+            outputs = wrapped(*args, **kwargs)
+        for patcher in _patchers(outputs):
+            if is_swapped_here(patcher):
+                read_allocation(patcher)  # an error belongs to this node, not to the sampler
+        return outputs
+
+    return load
+
+
+def _patchers(outputs) -> Iterator:
+    """The patchers among the outputs of a loader node; CLIP and VAE carry theirs inside."""
+    for output in outputs:
+        patcher = getattr(output, "patcher", output)
+        if hasattr(patcher, "model") and hasattr(patcher, "load_device"):
+            yield patcher
+
+
+class LoadingJoin:
+    """Installs the patches of this module.
+
+    The loader nodes are patched when MultiGPU is there; ComfyUI itself only when the first of them
+    runs, after MultiGPU has put its own replacements in place. Who loads nothing with DisTorch2
+    runs on an untouched ComfyUI.
+    """
+
+    def __init__(self) -> None:
+        self._table = PatchTable()
+        self._multigpu: ModuleType | None = None
+        self._armed = False
+
+    def install(self, multigpu: ModuleType) -> None:
+        """Patch the DisTorch2 loader nodes of ``multigpu``, MultiGPU's package."""
+        self._multigpu = multigpu
+        loader = _loader(self)
+        self._table.apply(
+            Patch(node, node.FUNCTION, loader)
+            for name, node in multigpu.NODE_CLASS_MAPPINGS.items()
+            if "DisTorch" in name
+        )
+
+    def arm(self) -> None:
+        """Patch ComfyUI, once, on top of what MultiGPU patches when its first loader runs."""
+        if self._armed:
+            return
+        import comfy.model_management as mm
+
+        original = mm.load_models_gpu
+        self._multigpu.register_patched_safetensor_modelpatcher()
+        patcher, manager = "comfy.model_patcher", "comfy.model_management"
+        self._table.apply(
+            [
+                Patch(patcher, "ModelPatcher.partially_load", partially_load),
+                Patch(patcher, "ModelPatcher.unpatch_model", unpatch_model),
+                Patch(patcher, "ModelPatcher.partially_unload", partially_unload),
+                Patch(patcher, "ModelPatcher.patch_hooks", change_hooks),
+                Patch(patcher, "ModelPatcher.unpatch_hooks", change_hooks),
+                Patch(manager, "LoadedModel.model_memory_required", model_memory_required),
+                Patch(manager, "load_models_gpu", _load_models_gpu(original)),
+            ]
+        )
+        self._armed = True
+
+    def uninstall(self) -> None:
+        """Unload what this plugin has loaded and restore every patched attribute."""
+        if self._armed:
+            loaded_models = sys.modules["comfy.model_management"].current_loaded_models
+            for loaded in list(loaded_models):
+                if loaded.model is not None and hasattr(loaded.model.model, STATE):
+                    model = loaded.model.model
+                    loaded.model_unload()
+                    loaded_models[:] = [other for other in loaded_models if other is not loaded]
+                    delattr(model, STATE)
+        self._table.remove()
+        self._armed = False

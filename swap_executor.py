@@ -1,0 +1,525 @@
+"""The run time of a split: packed weights, slots, and the order of copies and computation.
+
+Knows torch modules, not ComfyUI. ``Pack`` keeps the weights of some modules in one buffer on one
+device; ``BlockSwap`` runs a model whose blocks live on several devices by copying swapped blocks
+into slots on the compute device, one ahead of the computation.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import types
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from .device_utils import stream_module, synchronize
+
+logger = logging.getLogger("MultiGPU")
+
+# Offsets in a pack: what CUDA's own allocations guarantee to kernels that load whole vectors.
+ALIGNMENT = 256
+
+
+@contextmanager
+def _ordinary_tensors() -> Iterator[None]:
+    """Tensors made inside are no inference tensors, whatever mode the host runs in.
+
+    ComfyUI loads and samples under ``torch.inference_mode()``; a tensor made there could be neither
+    viewed nor wrapped in a ``Parameter`` by code outside of it.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+@dataclass(frozen=True, eq=False)
+class _Weight:
+    """One tensor of a module: where it hangs, and where it lies in the pack."""
+
+    table: dict[str, torch.Tensor | None]  # the module's _parameters or _buffers
+    name: str
+    offset: int  # bytes
+    nbytes: int
+    dtype: torch.dtype
+    shape: torch.Size
+    is_parameter: bool
+
+    @classmethod
+    def of(cls, table: dict[str, torch.Tensor | None], name: str, offset: int) -> _Weight:
+        tensor = table[name]
+        is_parameter = isinstance(tensor, torch.nn.Parameter)
+        return cls(table, name, offset, tensor.nbytes, tensor.dtype, tensor.shape, is_parameter)
+
+    def view_of(self, flat: torch.Tensor) -> torch.Tensor:
+        """This weight in ``flat``, a buffer laid out like the pack."""
+        data = flat[self.offset : self.offset + self.nbytes].view(self.dtype).view(self.shape)
+        return torch.nn.Parameter(data, requires_grad=False) if self.is_parameter else data
+
+
+class Pack:
+    """All parameters and buffers of some modules in one contiguous buffer on one device.
+
+    The modules' tensors are views of the buffer, so one copy moves them all. ``nbytes`` includes
+    the padding between tensors; ``flat`` is the uint8 buffer and ``views`` are the tensors in it,
+    both empty before the first ``place``.
+    """
+
+    def __init__(self, weights: Sequence[_Weight], nbytes: int):
+        self._weights = tuple(weights)
+        self._unlock: weakref.finalize | None = None
+        self.nbytes = nbytes
+        self.flat: torch.Tensor | None = None
+        self.views: tuple[torch.Tensor, ...] = ()
+
+    @classmethod
+    def layout(cls, modules: Iterable[torch.nn.Module]) -> Pack:
+        """Lay out the tensors that hang directly on ``modules``; nothing is allocated or moved."""
+        weights: list[_Weight] = []
+        offsets: dict[int, int] = {}  # tied tensors share one place
+        end = 0
+        for module in modules:
+            for table in (module._parameters, module._buffers):
+                for name, tensor in table.items():
+                    if tensor is None:
+                        continue
+                    if id(tensor) not in offsets:
+                        offsets[id(tensor)] = end
+                        end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+                    weights.append(_Weight.of(table, name, offsets[id(tensor)]))
+        return cls(weights, end)
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where the packed weights live; ``None`` before the first ``place``."""
+        return None if self.flat is None else self.flat.device
+
+    def place(self, device: torch.device) -> None:
+        """Move the weights to ``device``, packing them if they are not yet packed.
+
+        The memory they had is free afterwards, and the copy is complete when this returns.
+        """
+        if self.device == device:
+            return
+        with _ordinary_tensors():
+            flat = torch.empty(self.nbytes, dtype=torch.uint8, device=device)
+            views = self.views_of(flat)
+            if self.flat is not None:
+                origins = {self.flat.device}
+                flat.copy_(self.flat)
+            else:
+                tensors = [weight.table[weight.name] for weight in self._weights]
+                origins = {tensor.device for tensor in tensors}
+                for view, tensor in zip(views, tensors, strict=True):
+                    view.copy_(tensor)
+        # Later copies run on other streams, and what was copied from is about to be freed.
+        for busy in {device, *origins}:
+            synchronize(busy)
+        self.unlock()
+        self.flat, self.views = flat, views
+        self.point(views)
+
+    def lock(
+        self,
+        pin: Callable[[torch.Tensor], bool],
+        unpin: Callable[[torch.Tensor], object],
+    ) -> bool:
+        """Page-lock the buffer with the host's ``pin``, until it moves or is freed.
+
+        Returns whether it is page-locked; where ``pin`` refuses, copies are correct but slower.
+        """
+        if self._unlock is None and pin(self.flat):
+            self._unlock = weakref.finalize(self, unpin, self.flat)
+            self._unlock.atexit = False
+        return self._unlock is not None
+
+    def unlock(self) -> None:
+        """Undo ``lock``."""
+        if self._unlock is not None:
+            self._unlock()
+            self._unlock = None
+
+    def views_of(self, flat: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The tensors of the modules as views of ``flat``, a buffer of ``nbytes`` bytes or more."""
+        with _ordinary_tensors():
+            tied: dict[tuple, torch.Tensor] = {}
+            return tuple(
+                tied.setdefault((weight.offset, weight.dtype, weight.shape), weight.view_of(flat))
+                for weight in self._weights
+            )
+
+    def point(self, views: Sequence[torch.Tensor]) -> None:
+        """Hang ``views`` on the modules."""
+        for weight, view in zip(self._weights, views, strict=True):
+            weight.table[weight.name] = view
+
+
+class _Link:
+    """The way from one donor to the compute device, with a copy stream of its own.
+
+    Between two accelerators that is a stream on each: a peer copy runs after the streams that are
+    current on both of its devices, so both have to be the link's.
+    """
+
+    def __init__(self, donor: torch.device, compute: torch.device):
+        self._streams = []
+        self._contexts = []
+        for device in (donor, compute):
+            module = stream_module(device)
+            if module is not None:
+                self._streams.append(module.Stream(device=device))
+                self._contexts.append(module.stream)
+
+    def copy(self, home: torch.Tensor, target: torch.Tensor, slot: _Slot) -> None:
+        """Queue the copy of ``home`` to ``target`` in ``slot``, after the slot's last reader."""
+        with ExitStack() as stack:
+            for context, stream in zip(self._contexts, self._streams, strict=True):
+                stack.enter_context(context(stream))
+            if slot.released is None:
+                target.copy_(home)
+                return
+            arrival_stream = self._streams[-1]
+            # The last block may have come over another link and never have been used.
+            arrival_stream.wait_event(slot.arrived)
+            arrival_stream.wait_event(slot.released)
+            target.copy_(home, non_blocking=True)
+            slot.arrived.record(arrival_stream)
+
+    def synchronize(self) -> None:
+        for stream in self._streams:
+            stream.synchronize()
+
+
+class _Slot:
+    """A buffer on the compute device that swapped blocks are copied into in turn.
+
+    ``arrived`` and ``released`` are the events that order the copy stream and the compute stream;
+    ``None`` on a device without streams, where every copy is complete when it returns.
+    """
+
+    def __init__(self, nbytes: int, device: torch.device):
+        with _ordinary_tensors():
+            self.buffer = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        self.block: int | None = None
+        self.uses: set[_Use] = set()
+        self.views: dict[int, tuple[torch.Tensor, tuple[torch.Tensor, ...]]] = {}
+        self._module = stream_module(device)
+        self._device = device
+        self.arrived = self.released = None
+        if self._module is not None:
+            self.arrived, self.released = self._module.Event(), self._module.Event()
+            # The allocator may hand out memory that the compute stream has still to finish with.
+            self.record_release()
+
+    def await_arrival(self) -> None:
+        if self.arrived is not None:
+            self._module.current_stream(self._device).wait_event(self.arrived)
+
+    def record_release(self) -> None:
+        if self.released is not None:
+            self.released.record(self._module.current_stream(self._device))
+
+
+class _Use:
+    """One use of a swapped block in a slot, from ``acquire`` to ``release``."""
+
+    __slots__ = ("pack", "slot")
+
+    def __init__(self, pack: Pack, slot: _Slot):
+        self.pack = pack
+        self.slot = slot
+
+
+class BlockSwap:
+    """Runs the blocks of one model on ``compute_device``, wherever their homes are.
+
+    ``packs`` holds one ``Pack`` per block in execution order, ``lists`` names the model's block
+    lists and gives, for each of their modules, the index of its pack. ``slots`` is how many slots
+    swapped blocks take turns in. ``update`` and ``allocate_slots`` come before the first pass.
+
+    Inside a pass the model's own loop drives the swap: the block lists are views that bring a
+    block in, yield it, and release it when the loop comes back. A swapped block never travels
+    back, and after a pass, however it ends, every tensor is at home.
+    """
+
+    def __init__(
+        self,
+        compute_device: torch.device,
+        packs: Sequence[Pack],
+        lists: Mapping[str, Sequence[int]],
+        slots: int,
+    ):
+        self.compute_device = compute_device
+        self._slots_wanted = slots
+        self._packs = tuple(packs)
+        self._lists = dict(lists)
+        self._slots: list[_Slot] = []
+        self._links: dict[torch.device, _Link] = {}
+        self._swapped: frozenset[int] = frozenset()
+        self._order: list[int] = []
+        self._trace: list[int] = []
+        self._cursor = 0
+        self._depth = 0
+        self._views: dict[str, BlockList] = {}
+        # Slots and homes must outlive the copies that are still on their way.
+        finalizer = weakref.finalize(self, _drain, self._links)
+        finalizer.atexit = False
+
+    # -- placement ---------------------------------------------------------------------------
+
+    def update(self) -> None:
+        """Take the packs as they lie now: to be called after they were moved."""
+        self.settle()
+        self._order = [i for i, p in enumerate(self._packs) if p.device != self.compute_device]
+        self._swapped = frozenset(self._order)
+        if any(slot.buffer.nbytes != self._block_bytes() for slot in self._slots):
+            self._slots.clear()
+
+    def allocate_slots(self) -> None:
+        """Allocate the slots that are missing; none are needed where every block is resident."""
+        while len(self._slots) < min(self._slots_wanted, len(self._swapped)):
+            self._slots.append(_Slot(self._block_bytes(), self.compute_device))
+
+    def _block_bytes(self) -> int:
+        return max((self._packs[index].nbytes for index in self._swapped), default=0)
+
+    def settle(self) -> None:
+        """Wait for every copy on its way and forget what the slots hold.
+
+        To be called before homes are written or moved: no slot may keep a copy of what they were.
+        """
+        _drain(self._links)
+        if self._slots:
+            synchronize(self.compute_device)
+        for slot in self._slots:
+            slot.block = None
+
+    def drop_slots(self) -> int:
+        """Free the slots and return their bytes. The next pass allocates them anew."""
+        self.settle()
+        freed = self.slot_bytes
+        self._slots.clear()
+        return freed
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes that the slots hold on the compute device now."""
+        return sum(slot.buffer.nbytes for slot in self._slots)
+
+    # -- a pass ------------------------------------------------------------------------------
+
+    def drive(self, model: torch.nn.Module) -> Callable[[], None]:
+        """Let ``model`` run through this swap; returns the function that undoes it.
+
+        Its ``forward``, and every other method that loops over the block lists, opens a pass.
+        The wrappers sit on the instance and hold it weakly: a model that nobody else holds dies.
+        """
+        reference = weakref.ref(model)
+        names = _entry_points(type(model), self._lists)
+        before = {name: model.__dict__[name] for name in names if name in model.__dict__}
+        for name in names:
+            method = getattr(type(model), name)
+            model.__dict__[name] = self._entry(reference, method, before.get(name))
+
+        def undo() -> None:
+            instance = reference()
+            if instance is not None:
+                for name in names:
+                    instance.__dict__.pop(name, None)
+                instance.__dict__.update(before)
+
+        return undo
+
+    def _entry(self, reference: weakref.ref, method: Callable, replaced: Callable | None):
+        @functools.wraps(method)
+        def entry(*args, **kwargs):
+            model = reference()
+            with self.forward_pass(model):
+                if replaced is not None:
+                    return replaced(*args, **kwargs)
+                return method(model, *args, **kwargs)
+
+        return entry
+
+    @contextmanager
+    def forward_pass(self, model: torch.nn.Module) -> Iterator[None]:
+        """One forward pass of ``model``. Nested passes belong to the outermost."""
+        if self._depth == 0:
+            self._open(model)
+        self._depth += 1
+        completed = False
+        try:
+            yield
+            completed = True
+        finally:
+            self._depth -= 1
+            if self._depth == 0:
+                self._close(model, completed)
+
+    def _open(self, model: torch.nn.Module) -> None:
+        self.allocate_slots()
+        self._trace = []
+        self._cursor = 0
+        self._views = {
+            name: BlockList(self, model._modules[name], indices)
+            for name, indices in self._lists.items()
+        }
+        model.__dict__.update(self._views)
+
+    def _close(self, model: torch.nn.Module, completed: bool) -> None:
+        for name in self._views:
+            model.__dict__.pop(name, None)
+        self._views = {}
+        for slot in self._slots:
+            for use in list(slot.uses):
+                self.release(use)
+        self._cursor = 0
+        if completed:
+            # A pass that skips blocks keeps the order, one that runs them otherwise teaches it.
+            if not _is_subsequence(self._trace, self._order):
+                self._order = self._trace
+            self._prefetch()
+
+    def acquire(self, index: int) -> _Use | None:
+        """Bring block ``index`` in, its copy ordered before the computation that follows.
+
+        Returns what ``release`` takes; ``None`` for a resident block.
+        """
+        use = None
+        if index in self._swapped:
+            self._advance(index)
+            slot = self._slot_with(index) or self._fetch(index)
+            slot.await_arrival()
+            pack = self._packs[index]
+            use = _Use(pack, slot)
+            slot.uses.add(use)
+            pack.point(slot.views[index][1])
+        self._prefetch()
+        return use
+
+    def release(self, use: _Use | None) -> None:
+        """The computation of the block is queued: free its slot, point its tensors home.
+
+        Releasing twice is harmless, also when the slot has another user by then.
+        """
+        if use is None or use not in use.slot.uses:
+            return
+        use.slot.uses.remove(use)
+        if not use.slot.uses:
+            use.pack.point(use.pack.views)
+            use.slot.record_release()
+
+    # -- the order of copies -----------------------------------------------------------------
+
+    def _advance(self, index: int) -> None:
+        self._trace.append(index)
+        count = len(self._order)
+        for step in range(count):
+            position = (self._cursor + step) % count
+            if self._order[position] == index:
+                self._cursor = position + 1
+                return
+
+    def _prefetch(self) -> None:
+        """Queue the copies of the next swapped blocks into the slots that are free for them."""
+        upcoming = self._upcoming(sum(not slot.uses for slot in self._slots))
+        for index in upcoming:
+            if self._slot_with(index) is None:
+                self._fill(self._free_slot(upcoming), index)
+
+    def _fetch(self, index: int) -> _Slot:
+        """Queue the copy of a block that is needed now and was not foreseen."""
+        free = sum(not slot.uses for slot in self._slots)
+        return self._fill(self._free_slot(self._upcoming(free - 1)), index)
+
+    def _upcoming(self, number: int) -> list[int]:
+        """The next ``number`` swapped blocks, across the end of the pass."""
+        count = len(self._order)
+        return [self._order[(self._cursor + step) % count] for step in range(min(number, count))]
+
+    def _slot_with(self, index: int) -> _Slot | None:
+        return next((slot for slot in self._slots if slot.block == index), None)
+
+    def _free_slot(self, keep: Sequence[int]) -> _Slot:
+        """A slot without user whose block is not in ``keep``."""
+        for slot in self._slots:
+            if not slot.uses and slot.block not in keep:
+                return slot
+        # More blocks at once than planned, which no known model does: rather a slot too many
+        # than a run that fails.
+        logger.warning("[MultiGPU] block swap: one more slot, the model holds its blocks at once")
+        self._slots.append(_Slot(self._block_bytes(), self.compute_device))
+        return self._slots[-1]
+
+    def _fill(self, slot: _Slot, index: int) -> _Slot:
+        pack = self._packs[index]
+        if index not in slot.views:
+            with _ordinary_tensors():
+                target = slot.buffer[: pack.nbytes]
+            slot.views[index] = (target, pack.views_of(target))
+        if pack.device not in self._links:
+            self._links[pack.device] = _Link(pack.device, self.compute_device)
+        slot.block = None  # until the copy is queued, so that an error leaves no false promise
+        self._links[pack.device].copy(pack.flat, slot.views[index][0], slot)
+        slot.block = index
+        return slot
+
+
+class BlockList:
+    """What a model's block list is inside a pass: the same modules, brought in as they are taken.
+
+    A loop holds one block at a time; a block taken by index is held until the next one is.
+    """
+
+    def __init__(self, swap: BlockSwap, modules: torch.nn.ModuleList, indices: Sequence[int]):
+        self._swap = swap
+        self._modules = modules
+        self._indices = indices
+        self._taken: _Use | None = None
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def __iter__(self) -> Iterator[torch.nn.Module]:
+        for position, index in enumerate(self._indices):
+            use = self._swap.acquire(index)
+            try:
+                yield self._modules[position]
+            finally:
+                self._swap.release(use)
+
+    def __getitem__(self, position):
+        if isinstance(position, slice):
+            return BlockList(self._swap, self._modules[position], self._indices[position])
+        module = self._modules[position]
+        self._swap.release(self._taken)
+        self._taken = self._swap.acquire(self._indices[position])
+        return module
+
+    def __getattr__(self, name: str):
+        return getattr(self._modules, name)
+
+
+def _drain(links: Mapping[torch.device, _Link]) -> None:
+    for link in links.values():
+        link.synchronize()
+
+
+def _is_subsequence(part: Sequence[int], whole: Sequence[int]) -> bool:
+    rest = iter(whole)
+    return all(item in rest for item in part)
+
+
+def _entry_points(model_class: type, lists: Iterable[str]) -> list[str]:
+    """``forward`` and every method of the class whose code names one of the block lists."""
+    names = {"forward"}
+    for cls in model_class.__mro__:
+        for name, member in vars(cls).items():
+            if name.startswith("__") or not isinstance(member, types.FunctionType):
+                continue
+            if not set(lists).isdisjoint(member.__code__.co_names):
+                names.add(name)
+    return sorted(names)

@@ -1,0 +1,5 @@
+"""Stand-in for torchvision.models.optical_flow: importable, not usable."""
+
+from _standin import missing_attributes
+
+__getattr__ = missing_attributes(__name__)

@@ -1,0 +1,282 @@
+"""The swap on simulated accelerators: results, order, bytes, exceptions."""
+
+import gc
+import weakref
+
+import pytest
+import torch
+from rig import simulator
+from toy import COMPUTE, Model, at_home, swap_of
+
+ledger = simulator.ledger
+HOMES = {
+    "half": ["acc:0", "cpu"] * 4,
+    "all": ["cpu"] * 8,
+    "peer": ["acc:0", "acc:1"] * 4,
+    "mixed": ["acc:0", "cpu", "acc:1", "cpu", "acc:1", "acc:0", "acc:1", "cpu"],
+    "none": ["acc:0"] * 8,
+}
+
+
+def run(model, steps=1):
+    """The results of ``steps`` passes on the CPU's side, each from its own input."""
+    x = torch.randn(4, 32, generator=torch.Generator().manual_seed(1))
+    return [model((x + step).to(next(model.embed.parameters()).device)) for step in range(steps)]
+
+
+def expected(steps=1, **kwargs):
+    return [y.cpu() for y in run(Model(**kwargs), steps)]
+
+
+def equal(results, reference):
+    return all(torch.equal(a.cpu(), b) for a, b in zip(results, reference, strict=True))
+
+
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("slots", [1, 2, 3])
+@pytest.mark.parametrize("homes", HOMES)
+def test_results_are_those_of_the_unswapped_model(homes, slots, inference):
+    with torch.inference_mode(inference):
+        model = Model()
+        swap = swap_of(model, HOMES[homes], slots)
+        assert equal(run(model, steps=3), expected(steps=3))
+        assert at_home(swap, model)
+
+
+@pytest.mark.parametrize("homes", ["half", "all", "mixed"])
+@pytest.mark.parametrize("slots", [1, 2, 3])
+def test_a_pass_moves_each_swapped_block_up_once_and_nothing_down(homes, slots):
+    model = Model()
+    swap = swap_of(model, HOMES[homes], slots)
+    away = [pack for pack in swap._packs if pack.device != COMPUTE]
+    x = torch.randn(4, 32).to(COMPUTE)
+    model(x)
+    for _ in range(3):
+        ledger.clear_copies()
+        model(x)
+        assert sorted(copy.nbytes for copy in ledger.copies) == sorted(p.nbytes for p in away)
+        assert all(copy.destination == "acc:0" for copy in ledger.copies)
+
+
+def test_slots_are_allocated_once_and_passes_allocate_nothing_that_stays():
+    model = Model()
+    swap = swap_of(model, HOMES["all"], slots=2)
+    block = swap._packs[0].nbytes
+    assert swap.slot_bytes == 2 * block
+    x = torch.randn(4, 32).to(COMPUTE)
+    model(x)
+    held = ledger.allocated["acc:0"]
+    model(x)
+    assert ledger.allocated["acc:0"] == held
+    assert swap.drop_slots() == 2 * block
+    assert ledger.allocated["acc:0"] == held - 2 * block
+    assert equal(run(model), expected())
+
+
+def test_the_next_copy_is_issued_before_the_block_runs_and_across_passes():
+    model = Model()
+    swap = swap_of(model, HOMES["half"], slots=2)
+    seen = {}
+
+    def note(index):
+        def hook(*_):
+            seen[index] = {slot.block for slot in swap._slots}
+
+        return hook
+
+    handles = [b.register_forward_pre_hook(note(i)) for i, b in enumerate(model.blocks)]
+    run(model)
+    assert seen[0] == {1, 3}
+    assert seen[1] == {1, 3}
+    assert seen[2] == {3, 5}
+    assert seen[7] == {7, 1}
+    assert {slot.block for slot in swap._slots} == {1, 3}
+    for handle in handles:
+        handle.remove()
+
+
+@pytest.mark.parametrize("homes", ["half", "all", "mixed"])
+def test_an_exception_leaves_everything_at_home_and_the_next_pass_right(homes):
+    model = Model()
+    swap = swap_of(model, HOMES[homes])
+    for fail_at in range(8):
+        model.fail_at = fail_at
+        with pytest.raises(InterruptedError) as caught:
+            run(model)
+        assert at_home(swap, model)
+        model.fail_at = None
+        assert equal(run(model), expected())
+        del caught  # holds the suspended loop until here
+    assert at_home(swap, model)
+
+
+def test_an_abandoned_loop_releases_nothing_that_a_later_pass_uses():
+    model = Model()
+    swap = swap_of(model, HOMES["all"])
+    model.fail_at = 1
+    with pytest.raises(InterruptedError) as caught:
+        run(model)
+    model.fail_at = None
+    x = torch.randn(4, 32).to(COMPUTE)
+    with swap.forward_pass(model):
+        loop = iter(model.blocks)
+        block = next(loop)
+        del caught  # finishes the generator of the failed pass, which had block 0 or 1
+        gc.collect()
+        assert block.up.weight.device == COMPUTE
+        block(x)
+
+
+def test_skipped_blocks_and_a_changed_order():
+    model = Model()
+    swap_of(model, HOMES["half"])
+    reference = Model()
+    for skip in [(1, 2), (), (3,), (1, 3, 5, 7), ()]:
+        model.skip = reference.skip = skip
+        assert equal(run(model, steps=2), [y.cpu() for y in run(reference, steps=2)])
+
+
+def test_two_lists_one_taken_by_index():
+    model = Model(side=2)
+    lists = ("blocks", "side_blocks")
+    swap = swap_of(model, ["cpu"] * 10, slots=2, lists=lists)
+    assert equal(run(model, steps=3), expected(steps=3, side=2))
+    assert at_home(swap, model)
+    block = swap._packs[0].nbytes
+    ledger.clear_copies()
+    run(model)
+    # The order is learned in the first pass: from then on one copy per block.
+    assert ledger.count("cpu", "acc:0") == 10 + 1  # and the input
+    assert swap.slot_bytes == 2 * block
+
+
+def test_more_blocks_at_once_than_slots_still_run(caplog):
+    model = Model()
+    swap = swap_of(model, HOMES["all"], slots=1)
+    x = torch.randn(4, 32)
+    with swap.forward_pass(model):
+        loops = [iter(model.blocks) for _ in range(2)]
+        first = next(loops[0])
+        next(loops[1])
+        second = next(loops[1])
+        y = second(first(x.to(COMPUTE)))
+    reference = Model()
+    assert torch.equal(y.cpu(), reference.blocks[1](reference.blocks[0](x)))
+    assert "one more slot" in caplog.text
+
+
+def test_inside_a_pass_the_lists_are_views_that_look_like_the_lists():
+    model = Model()
+    swap = swap_of(model, HOMES["all"], slots=3)
+    modules = model.blocks
+    with swap.forward_pass(model):
+        assert len(model.blocks) == 8
+        assert getattr(model.blocks, "3") is modules[3]
+        assert model.blocks[-1] is modules[7]
+        assert model.blocks[-1].up.weight.device == COMPUTE
+        assert list(model.blocks[2:4]) == list(modules[2:4])
+        assert list(reversed(model.blocks)) == list(reversed(modules))
+        assert model.state_dict().keys() == Model().state_dict().keys()
+    assert model.blocks is modules
+
+
+def test_homes_that_were_written_are_seen_after_settle():
+    model = Model()
+    swap = swap_of(model, HOMES["half"])
+    run(model)
+    swap.settle()
+    model.blocks[1].up.weight.data.mul_(2)
+    reference = Model()
+    reference.blocks[1].up.weight.mul_(2)
+    assert equal(run(model), [run(reference)[0].cpu()])
+
+
+def test_blocks_may_move_between_passes():
+    model = Model()
+    swap = swap_of(model, HOMES["half"])
+    run(model)
+    swap.settle()
+    for pack, home in zip(swap._packs, HOMES["mixed"], strict=True):
+        pack.place(torch.device(home))
+    swap.update()
+    assert equal(run(model), expected())
+    for pack in swap._packs:
+        pack.place(COMPUTE)
+    swap.update()
+    ledger.clear_copies()
+    assert equal(run(model), expected())
+    assert swap.slot_bytes == 0
+
+
+def test_undrive_restores_the_instance():
+    model = Model()
+    before = dict(model.__dict__)
+    swap = swap_of(model, HOMES["all"], drive=False)
+    undo = swap.drive(model)
+    assert {"forward", "loop"} <= set(model.__dict__)
+    undo()
+    assert model.__dict__ == before
+
+
+def test_a_method_replaced_on_the_instance_is_still_the_one_that_runs():
+    model = Model()
+    model.loop = lambda x: Model.loop(model, x) * 2
+    swap_of(model, HOMES["all"])
+    assert equal(run(model), [2 * y for y in expected()])
+
+
+def test_a_model_that_nobody_holds_dies_at_once():
+    model = Model()
+    swap = swap_of(model, HOMES["all"])
+    run(model)
+    held = weakref.ref(model), weakref.ref(swap)
+    gc.disable()
+    try:
+        del model, swap
+        assert [reference() for reference in held] == [None, None]
+    finally:
+        gc.enable()
+
+
+def test_page_locks_are_held_while_the_pack_stays():
+    locked = []
+    model = Model()
+    pack = swap_of(model, HOMES["all"])._packs[0]
+
+    def pin(tensor):
+        locked.append(tensor.data_ptr())
+        return True
+
+    def unpin(tensor):
+        locked.remove(tensor.data_ptr())
+
+    assert pack.lock(pin, unpin)
+    assert pack.lock(pin, unpin)
+    assert locked == [pack.flat.data_ptr()]
+    pack.place(COMPUTE)
+    assert locked == []
+    assert not pack.lock(lambda tensor: False, unpin)
+
+
+def test_packed_weights_are_aligned_contiguous_views_of_one_buffer():
+    model = Model()
+    swap = swap_of(model, HOMES["all"])
+    for pack, block in zip(swap._packs, model.blocks, strict=True):
+        start = pack.flat.data_ptr()
+        for tensor in (*block.parameters(), *block.buffers()):
+            assert tensor.is_contiguous()
+            assert (tensor.data_ptr() - start) % 256 == 0
+            assert start <= tensor.data_ptr() < start + pack.nbytes
+        assert all(isinstance(p, torch.nn.Parameter) for p in block.parameters())
+
+
+def test_tied_weights_stay_tied():
+    model = Model()
+    model.blocks[0].down.bias = model.blocks[0].down.bias
+    model.blocks[0].twin = torch.nn.Linear(32, 64)
+    model.blocks[0].twin.weight = model.blocks[0].up.weight
+    swap = swap_of(model, HOMES["all"])
+    assert model.blocks[0].twin.weight is model.blocks[0].up.weight
+    with swap.forward_pass(model):
+        block = model.blocks[0]
+        assert block.twin.weight is block.up.weight

@@ -1,0 +1,239 @@
+"""Splits: properties over random models and strings, and the cases that have one right answer."""
+
+import pytest
+from block_swap.allocation_parser import (
+    Block,
+    Mode,
+    ModelSizes,
+    parse_allocation,
+    plan_split,
+    spread,
+)
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+MIB = 1 << 20
+DEVICES = ("cpu", "acc:0", "acc:1", "acc:2")
+MEMORY = {"cpu": 4096 * MIB, "acc:0": 1024 * MIB, "acc:1": 1024 * MIB, "acc:2": 512 * MIB}
+
+
+def uniform(count=8, nbytes=10 * MIB, non_block=5 * MIB, min_slots=1):
+    blocks = tuple(Block(f"blocks.{i}", nbytes) for i in range(count))
+    return ModelSizes(blocks, non_block, min_slots)
+
+
+def plan(text, sizes=None, compute="acc:0"):
+    return plan_split(parse_allocation(text, DEVICES, compute), sizes or uniform(), MEMORY)
+
+
+model_sizes = st.builds(
+    lambda sizes, non_block, min_slots: ModelSizes(
+        tuple(Block(f"blocks.{i}", nbytes) for i, nbytes in enumerate(sizes)), non_block, min_slots
+    ),
+    st.one_of(
+        st.tuples(st.integers(1, 60), st.integers(1, 40 * MIB)).map(lambda p: [p[1]] * p[0]),
+        st.lists(st.integers(20 * MIB, 24 * MIB), min_size=1, max_size=60),
+    ),
+    st.integers(0, 50 * MIB),
+    st.sampled_from([1, 1, 2]),
+)
+
+
+@st.composite
+def strings(draw):
+    """Valid strings of every mode, devices in any order, with and without a wildcard."""
+    kind = draw(st.sampled_from(["mb", "%", "fraction", "virtual"]))
+    devices = draw(st.permutations(DEVICES))[: draw(st.integers(1, 4))]
+    if kind == "virtual":
+        donors = [d for d in devices if d != "acc:0"] or ["cpu"]
+        return f"#acc:0;{draw(st.integers(0, 30)) / 10};{','.join(donors)}"
+    amounts = {
+        "mb": lambda: f"{draw(st.integers(0, 600))}mb",
+        "%": lambda: f"{draw(st.integers(1, 100))}%",
+        "fraction": lambda: f"{draw(st.integers(0, 1000)) / 1000}",
+    }
+    parts = [f"{device},{amounts[kind]()}" for device in devices]
+    if draw(st.booleans()):
+        position = draw(st.integers(0, len(parts) - 1))
+        parts[position] = f"{devices[position]},*"
+    return ";".join(parts)
+
+
+@settings(max_examples=500, deadline=None)
+@given(model_sizes, strings())
+def test_every_split_keeps_its_promises(sizes, text):
+    allocation = parse_allocation(text, DEVICES, "acc:0")
+    split = plan_split(allocation, sizes, MEMORY)
+    quotas = {quota.device: quota for quota in split.quotas}
+    sized = {i: block.nbytes for i, block in enumerate(sizes.blocks)}
+    largest = max(sized.values())
+
+    # Every block has one home, among the devices of the string.
+    assert len(split.homes) == len(sizes.blocks)
+    assert set(split.homes) <= {"acc:0", *quotas}
+
+    # Bytes add up: everything is placed once, slots come on top.
+    placed = sum(split.bytes_on(device) for device in split.devices())
+    assert placed == sizes.total_bytes + split.slots * split.slot_bytes
+
+    # No quota but the wildcard's is exceeded, the floor apart.
+    floor = sizes.non_block_bytes + split.slots * split.slot_bytes
+    for device, quota in quotas.items():
+        if quota.nbytes is None or quota.wildcard:
+            continue
+        at_floor = device == "acc:0" and split.compute_bytes == floor
+        assert split.bytes_on(device) <= quota.nbytes or at_floor
+        if device == "acc:0" and quota.nbytes < floor:
+            assert any("below the floor" in note for note in split.notes)
+
+    # A quota is filled to less than a block, unless nothing was left for it.
+    later_than_compute = list(quotas)
+    for position, (device, quota) in enumerate(quotas.items()):
+        if quota.nbytes is None or quota.wildcard:
+            continue
+        behind = set(later_than_compute[position + 1 :]) | {
+            other.device for other in quotas.values() if other.wildcard
+        }
+        left = any(split.homes[i] in behind for i in sized)
+        if left and device != "acc:0":
+            assert quota.nbytes - split.bytes_on(device) < largest
+        if device == "acc:0" and split.swapped and not _owed(split):
+            assert quota.nbytes - split.bytes_on(device) < largest
+
+    # Slots exist exactly where something is swapped, and suffice.
+    assert (split.slots == 0) == (not split.swapped)
+    if split.swapped:
+        assert split.slots >= min(sizes.min_slots, len(split.swapped))
+        assert split.slot_bytes == max(sized[i] for i in split.swapped)
+
+    # The same input gives the same split, which knows the string it came from.
+    assert plan_split(parse_allocation(text, DEVICES, "acc:0"), sizes, MEMORY) == split
+    assert split.allocation.source == text
+    for device in split.devices():
+        assert device in split.table()
+
+
+def _owed(split):
+    """Whether donors are filled before the compute device, so that they bound what it holds."""
+    for quota in split.quotas:
+        if quota.device == split.compute_device:
+            return False
+        if quota.nbytes is None or quota.nbytes:
+            return True
+    return False
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 80), st.data())
+def test_swapped_blocks_are_evenly_spread(count, data):
+    number = data.draw(st.integers(1, count))
+    positions = spread(number, count)
+    assert len(set(positions)) == number
+    assert positions[-1] == count - 1
+    around = [b - a for a, b in zip(positions, [*positions[1:], positions[0] + count], strict=True)]
+    assert max(around) - min(around) <= 1
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(4, 60), st.integers(0, 700), st.integers(0, 700))
+def test_donors_interleave(count, first, second):
+    sizes = uniform(count)
+    split = plan(f"acc:0,60mb;acc:1,{first}mb;acc:2,{second}mb;cpu,*", sizes)
+    order = [split.homes[i] for i in split.swapped]
+    assume(len(order) > 1)
+    for device in set(order):
+        share = order.count(device) / len(order)
+        for end in range(1, len(order) + 1):
+            # Nowhere does a donor run ahead of or behind its share by two blocks.
+            assert abs(order[:end].count(device) - share * end) < 2
+
+
+def test_everything_fits_and_needs_no_slots():
+    split = plan("acc:0,85mb;cpu,*")
+    assert split.homes == ("acc:0",) * 8
+    assert split.slots == 0
+    assert split.bytes_per_pass == 0
+
+
+def test_one_byte_less_needs_slots_in_the_quota():
+    split = plan(f"acc:0,{85 * MIB - 1}b;cpu,*")
+    assert split.swapped == (2, 5, 7)
+    assert split.slots == 2
+    assert split.compute_bytes == 75 * MIB
+
+
+@pytest.mark.parametrize(
+    ("quota", "slots", "swapped"),
+    [(15, 1, 8), (24, 1, 8), (25, 2, 8), (35, 3, 8), (45, 3, 7), (55, 3, 6), (65, 2, 4)],
+)
+def test_slots_follow_the_room(quota, slots, swapped):
+    split = plan(f"acc:0,{quota}mb;cpu,*")
+    assert (split.slots, len(split.swapped)) == (slots, swapped)
+    assert split.notes == ()
+
+
+def test_below_the_floor_both_numbers_are_said():
+    split = plan("acc:0,6mb;cpu,*")
+    assert split.slots == 1
+    assert split.compute_bytes == 15 * MIB
+    assert "quota of 6.00 MiB" in split.notes[0]
+    assert "15.00 MiB" in split.notes[0]
+
+
+def test_a_compute_device_outside_the_string_gets_a_comfortable_floor():
+    split = plan("cpu,*")
+    assert split.homes == ("cpu",) * 8
+    assert (split.slots, split.notes) == (2, ())
+
+
+def test_nothing_is_swapped_where_the_cpu_computes():
+    split = plan("acc:0,20mb;cpu,*", compute="cpu")
+    assert split.homes == ("cpu",) * 8
+    assert (split.slots, split.bytes_per_pass) == (0, 0)
+
+
+def test_virtual_vram_leaves_the_compute_device():
+    split = plan("#acc:0;0.0390625;cpu")  # 40 MiB
+    assert split.compute_bytes <= uniform().total_bytes - 40 * MIB
+    assert split.compute_bytes > uniform().total_bytes - 50 * MIB
+
+
+def test_more_virtual_vram_than_the_model_has_keeps_two_slots():
+    assert plan("#acc:0;4.0;cpu").slots == 2
+
+
+def test_virtual_vram_donors_are_filled_in_order():
+    sizes = uniform(nbytes=100 * MIB)
+    split = plan("#acc:0;2.0;acc:2,cpu", sizes)
+    assert split.homes.count("acc:2") == 5
+    assert split.homes.count("cpu") == 3
+
+
+def test_donors_written_before_the_compute_device_are_filled_first():
+    split = plan("cpu,30mb;acc:0,500mb")
+    assert split.homes.count("cpu") == 3
+    assert split.homes.count("acc:0") == 5
+
+
+def test_a_wildcard_compute_device_takes_what_the_donors_leave():
+    split = plan("acc:1,25mb;acc:0,*")
+    assert split.homes.count("acc:1") == 2
+    assert split.homes.count("acc:0") == 6
+
+
+def test_ratio_parts_of_the_model():
+    split = plan("acc:0,8%;acc:1,8%;cpu,4%", uniform(count=30))
+    total = uniform(count=30).total_bytes
+    assert split.allocation.mode is Mode.RATIO
+    for device in ("acc:0", "acc:1"):
+        assert 0 <= 0.4 * total - split.bytes_on(device) < 10 * MIB
+
+
+def test_what_fits_no_fraction_goes_to_the_cpu_with_a_warning():
+    split = plan("acc:0,0.03;cpu,0.01")
+    assert split.homes.count("cpu") == 8
+    assert any("did not fit" in note for note in split.notes)
+
+
+def test_a_model_that_holds_two_blocks_at_once_never_gets_one_slot():
+    assert plan("acc:0,15mb;cpu,*", uniform(min_slots=2)).slots == 2
