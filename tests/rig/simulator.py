@@ -119,7 +119,6 @@ class Stream:
         self.timeline = Timeline()
         self.count = 0
         self._host_version = -1
-        self._entered: list[contextlib.AbstractContextManager] = []
 
     @property
     def device(self) -> torch.device:
@@ -129,12 +128,12 @@ class Stream:
         return f"<acc.Stream {self.number} of {self.accelerator.name}>"
 
     def __enter__(self) -> Stream:
-        self._entered.append(torch.acc.stream(self))
-        self._entered[-1].__enter__()
+        _current.entered.append(torch.acc.stream(self))
+        _current.entered[-1].__enter__()
         return self
 
     def __exit__(self, *error) -> None:
-        self._entered.pop().__exit__(*error)
+        _current.entered.pop().__exit__(*error)
 
     def advance(self) -> tuple[Stream, int]:
         """Enqueue one operation: it comes after all before it and all the host has waited for."""
@@ -225,13 +224,17 @@ class Clock:
       there is one link for each pair of devices and direction.
     - The host takes no time. It is only set forward where it synchronises.
 
-    Rates are kept by `reset()`.
+    Rates are kept by `reset()`; `reset_rates()` is for them.
     """
 
     def __init__(self) -> None:
+        self._link_free: dict[tuple[str, str], float] = {}
+        self.reset_rates()
+
+    def reset_rates(self) -> None:
+        """Go back to 1e14 floating point operations and, on every link, 25e9 bytes per second."""
         self.flops = 1e14
         self._bandwidth: dict[tuple[str | None, str | None], float] = {(None, None): 25e9}
-        self._link_free: dict[tuple[str, str], float] = {}
 
     def bandwidth(self, source: str, destination: str) -> float:
         """Bytes per second from one device to another, such as `"cpu"` to `"acc:0"`."""
@@ -375,11 +378,12 @@ _default_streams: list[Stream] = []
 
 
 class _Current(threading.local):
-    """What each thread has chosen with `set_device` and `set_stream`."""
+    """What each thread has chosen with `set_device`, `set_stream` and `with stream:`."""
 
     def __init__(self) -> None:
         self.device = 0
         self.streams: dict[int, Stream] = {}
+        self.entered: list[contextlib.AbstractContextManager] = []
 
 
 _current = _Current()
@@ -538,9 +542,6 @@ class AccTensor(torch.Tensor):
     elem: torch.Tensor
     buffer: Buffer
 
-    # Without this, every call from Python would be dispatched twice.
-    __torch_function__ = torch._C._disabled_torch_function_impl
-
     @classmethod
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
         if len(types) > 1 and not all(issubclass(kind, AccTensor) for kind in types):
@@ -575,6 +576,9 @@ class AccTensor(torch.Tensor):
         view.__class__ = _blend(type(view), cls)
         return view
 
+    def __format__(self, spec: str) -> str:
+        return format(self.cpu(), spec)
+
     def tolist(self):
         return self.cpu().tolist()
 
@@ -600,14 +604,23 @@ def _blend(own: type, cls: type) -> type:
     if issubclass(cls, AccTensor):
         return cls
     if cls not in _BLENDS:
-        body = {}
-        if isinstance(cls.__torch_function__, type(torch.Tensor.__torch_function__)):
-            body["__torch_function__"] = classmethod(cls.__torch_function__.__func__)
-        _BLENDS[cls] = type(f"Acc{cls.__name__}", (cls, AccTensor), body)
+        _BLENDS[cls] = blend = type(f"Acc{cls.__name__}", (cls, AccTensor), {})
+
+        def torch_function(_, func, types, args=(), kwargs=None):
+            types = [cls if kind is blend else kind for kind in types]
+            return cls.__torch_function__(func, types, args, kwargs)
+
+        # Results become `cls` again: on the CPU as they are, on a device by `as_subclass`. Set only
+        # now, because torch switches it off while it makes a class with a __torch_dispatch__.
+        blend.__torch_function__ = classmethod(torch_function)
     return _BLENDS[cls]
 
 
 def _make(elem: torch.Tensor, buffer: Buffer) -> AccTensor:
+    # A view of an ordinary tensor is ordinary, also where it is taken in inference mode.
+    if torch.is_inference_mode_enabled() and not elem.is_inference():
+        with torch.inference_mode(False):
+            return _make(elem, buffer)
     tensor = torch.Tensor._make_wrapper_subclass(
         AccTensor,
         elem.shape,
@@ -653,12 +666,9 @@ _FLOPS = {
     "aten::scaled_dot_product_attention": _attention_flops,
 }
 
-# Composite ops that choose another algorithm where the device is not the CPU. To be bit-equal to
-# it they must run there whole.
-_WHOLE = (
-    aten.scaled_dot_product_attention.default,
-    aten.rms_norm.default,
-)
+# A composite op that chooses another algorithm where the device is not the CPU. To be bit-equal to
+# it, it must run there whole.
+_ATTENTION = aten.scaled_dot_product_attention.default
 
 _SYNCHRONIZING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
@@ -670,7 +680,7 @@ class _Plan:
         schema = func._schema
         name = schema.name
         self.name = str(func)
-        self.composite = func not in _WHOLE and torch._C._dispatch_has_kernel_for_dispatch_key(
+        self.composite = func is not _ATTENTION and torch._C._dispatch_has_kernel_for_dispatch_key(
             func.name(), "CompositeImplicitAutograd"
         )
         # Arguments that are written, as (position, name), and which of them each result is.
@@ -693,12 +703,10 @@ class _Plan:
         # Views, and ops that only look at the shape of a tensor, do not use its memory.
         self.uses_memory = not (
             any(alias is not None and not alias.is_write for alias in results)
-            or name == "aten::_unsafe_view"
             or name.endswith("_like")
             or name.startswith("aten::new_")
         )
-        self.indexes = name.startswith(("aten::index.", "aten::index_put", "aten::_index_put"))
-        self.indexes = self.indexes or name == "aten::index"
+        self.indexes = name == "aten::index" or "index_put" in name
         self.synchronizes = bool(_SYNCHRONIZING.intersection(func.tags))
         self.flops = _FLOPS.get(name.rstrip("_"))
 
@@ -733,7 +741,7 @@ def _run(func, plan: _Plan, args, kwargs):
     if plan.indexes:
         # CUDA moves indices that are on the CPU.
         indices = [
-            index if index is None else index.to(args[0].device, non_blocking=True)
+            index if index is None or isinstance(index, AccTensor) else index.to(args[0].device)
             for index in args[1]
         ]
         args = (args[0], indices, *args[2:])
@@ -772,16 +780,16 @@ def _run(func, plan: _Plan, args, kwargs):
         return _wrap(result, target, inputs) if owner is None else written[owner]
     if not isinstance(result, list | tuple):
         return result
-    if len(plan.returned) == 1:
-        return [_wrap(item, target, inputs) for item in result]
-    return tuple(
-        written[owner]
-        if owner is not None
-        else _wrap(item, target, inputs)
-        if isinstance(item, torch.Tensor)
-        else item
-        for item, owner in zip(result, plan.returned, strict=True)
-    )
+    # A list of tensors is one result, and is never what was written; a tuple is several.
+    owners = plan.returned if isinstance(result, tuple) else [None] * len(result)
+    wrapped = []
+    for item, owner in zip(result, owners, strict=True):
+        if owner is not None:
+            item = written[owner]
+        elif isinstance(item, torch.Tensor):
+            item = _wrap(item, target, inputs)
+        wrapped.append(item)
+    return wrapped
 
 
 def _tensors(value, op: str) -> list[AccTensor]:
@@ -948,6 +956,10 @@ def _copy_from(source, destination, non_blocking=False):
     return _on_copy(aten.copy_.default, destination, source, non_blocking)
 
 
+def _attention(*args, **kwargs):
+    return AccTensor.__torch_dispatch__(_ATTENTION, (), args, kwargs)
+
+
 class DeviceModule:
     """`torch.acc`: what ComfyUI and its plugins use of `torch.cuda`, under the same names."""
 
@@ -1081,14 +1093,12 @@ def _register() -> None:
     library.impl("empty.memory_format", _empty, "PrivateUse1")
     library.impl("empty_strided", _empty_strided, "PrivateUse1")
     library.impl("_copy_from", _copy_from, "PrivateUse1")
-    for func in _WHOLE:
-
-        def whole(*args, _func=func, **kwargs):
-            return AccTensor.__torch_dispatch__(_func, (), args, kwargs)
-
-        library.impl(func.name(), whole, "AutogradPrivateUse1")
+    library.impl("scaled_dot_product_attention", _attention, "AutogradPrivateUse1")
     torch.Tensor.data = property(_TENSOR_DATA.__get__, _set_data)
-    _registered.extend((hooks, guard, library))
+    # Autocast changes nothing: no op is registered for it.
+    autocast = torch.library.Library("_", "IMPL")
+    autocast.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
+    _registered.extend((hooks, guard, library, autocast))
 
 
 def install(count: int = 2, memory: int = 8 << 30) -> None:
@@ -1111,7 +1121,12 @@ def devices() -> list[str]:
 
 
 def reset() -> None:
-    """Forget copies, peaks, races and virtual time. What is allocated stays, and so do its uses."""
+    """Let all work finish, and forget copies, peaks, races and virtual time.
+
+    What is allocated stays, and so do rates, capacities and current streams.
+    """
+    for accelerator in _accelerators:
+        _host.synchronize(accelerator.timeline)
     ledger.clear_copies()
     ledger.reset_peak()
     races.clear()

@@ -1,0 +1,188 @@
+"""A real ComfyUI with this plugin and MultiGPU, on two simulated accelerators.
+
+    pytest tests/host --comfyui 0.18.2 [--multigpu DIR] [--plugin-first]
+
+One process boots one ComfyUI, so each combination is a run of its own (`make test`).
+"""
+
+import gc
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from rig import comfy_host, simulator, tiny_wan
+
+ROOT = Path(__file__).parents[2]
+RIG = ROOT / "tests" / "rig"
+CACHE = ROOT / ".cache"
+COMPUTE = "acc:0"
+LAYERS = 8
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+def pytest_addoption(parser):
+    parser.addoption("--comfyui", default="0.30.0", help="ComfyUI version, from PyPI")
+    parser.addoption("--multigpu", default="double", help="a checkout of ComfyUI-MultiGPU")
+    parser.addoption("--plugin-first", action="store_true", help="ComfyUI loads the plugin first")
+
+
+def pytest_report_header(config):
+    options = [config.getoption(name) for name in ("comfyui", "multigpu", "plugin_first")]
+    return "ComfyUI {}, MultiGPU {}, plugin first: {}".format(*options)
+
+
+class Workbench:
+    """The booted host, and the prompts that the tests run on it."""
+
+    def __init__(self, host, plugin):
+        self.host = host
+        self.plugin = plugin
+        self.mm = host.mm
+
+    def module(self, name):
+        """A module of the plugin as ComfyUI imported it."""
+        return sys.modules[f"{self.plugin.__name__}.{name}"]
+
+    def plain(self, file="wan.safetensors"):
+        return {
+            "class_type": "UNETLoader",
+            "inputs": {"unet_name": file, "weight_dtype": "default"},
+        }
+
+    def distorch(self, text="", virtual_vram=0.0, donor="cpu", compute=COMPUTE, **inputs):
+        return {
+            "class_type": "UNETLoaderDisTorch2MultiGPU",
+            "inputs": {
+                "unet_name": "wan.safetensors",
+                "weight_dtype": "default",
+                "compute_device": compute,
+                "virtual_vram_gb": virtual_vram,
+                "donor_device": donor,
+                "expert_mode_allocations": text,
+                "eject_models": False,
+                **inputs,
+            },
+        }
+
+    def lora(self, loader, strength, file="lora.safetensors"):
+        """The nodes of a loader and a LoRA on top of it; node 10 is the model."""
+        inputs = {"model": ["1", 0], "lora_name": file, "strength_model": strength}
+        return {"1": loader, "10": {"class_type": "LoraLoaderModelOnly", "inputs": inputs}}
+
+    def sample(self, loader, seed=1, steps=2):
+        """Sample with classifier-free guidance and return the latent, on the CPU.
+
+        The prompts' lengths keep ComfyUI from batching cond and uncond: two passes a step.
+        """
+        nodes = loader if "class_type" not in loader else {"1": loader}
+        model = [max(nodes, key=int), 0]
+        prompt = {
+            **nodes,
+            "20": {"class_type": "ProbeConditioning", "inputs": {"seed": 1, "length": 16}},
+            "21": {"class_type": "ProbeConditioning", "inputs": {"seed": 2, "length": 17}},
+            "22": {
+                "class_type": "EmptyHunyuanLatentVideo",
+                "inputs": {"width": 64, "height": 64, "length": 5, "batch_size": 1},
+            },
+            "23": {
+                "class_type": "KSampler",
+                "inputs": {
+                    "model": model,
+                    "seed": seed,
+                    "steps": steps,
+                    "cfg": 5.0,
+                    "sampler_name": "euler",
+                    "scheduler": "simple",
+                    "positive": ["20", 0],
+                    "negative": ["21", 0],
+                    "latent_image": ["22", 0],
+                    "denoise": 1.0,
+                },
+            },
+            "24": {"class_type": "ProbeLatent", "inputs": {"latent": ["23", 0], "key": "out"}},
+        }
+        self.host.run(prompt)
+        return self.host.custom_module("probe").LATENTS.pop("out")
+
+    def load(self, loader, lora=None):
+        """The patcher that a loader node makes, outside of any prompt."""
+        node = self.host.nodes[loader["class_type"]]
+        return getattr(node(), node.FUNCTION)(**loader["inputs"])[0]
+
+    def loaded(self):
+        """The patcher of the swapped model that ComfyUI holds now."""
+        state = self.module("distorch2_patch").STATE
+        (patcher,) = [
+            loaded.model
+            for loaded in self.mm.current_loaded_models
+            if loaded.model is not None and hasattr(loaded.model.model, state)
+        ]
+        return patcher
+
+    def state(self, patcher=None):
+        """The swap state of a patcher's model."""
+        return getattr((patcher or self.loaded()).model, self.module("distorch2_patch").STATE)
+
+    def clear(self):
+        """Let every model go, as the free buttons do."""
+        for loaded in list(self.mm.current_loaded_models):
+            if loaded.model is not None:
+                loaded.model_unload()
+        self.mm.current_loaded_models.clear()
+        self.host.free(unload_models=True, free_memory=True)
+        gc.collect()
+
+
+@pytest.fixture(scope="session")
+def bench(pytestconfig, tmp_path_factory):
+    """The workbench of this run."""
+    torch.set_num_threads(1)  # the tensors are tiny
+    base = tmp_path_factory.mktemp("comfyui")
+    models = base / "models"
+    for folder in ("diffusion_models", "checkpoints", "loras"):
+        (models / folder).mkdir(parents=True)
+    tiny_wan.write_wan(models / "diffusion_models" / "wan.safetensors", layers=LAYERS)
+    tiny_wan.write_wan(models / "diffusion_models" / "other.safetensors", layers=LAYERS, seed=7)
+    checkpoint = models / "checkpoints" / "wan.safetensors"
+    tiny_wan.write_wan(checkpoint, layers=LAYERS, prefix="model.diffusion_model.")
+    tiny_wan.write_lora(models / "loras" / "lora.safetensors", layers=LAYERS, seed=3)
+    multigpu = pytestconfig.getoption("multigpu")
+    nodes = [
+        ("probe", RIG / "probe_nodes"),
+        ("ComfyUI-MultiGPU", RIG / "multigpu_double" if multigpu == "double" else Path(multigpu)),
+        ("block_swap", ROOT),
+    ]
+    if pytestconfig.getoption("plugin_first"):
+        nodes.reverse()
+    simulator.install(count=2)
+    # The weights stay in the file's bf16, and nodes are cached by the graph alone.
+    argv = ("--bf16-unet", "--cache-classic")
+    source = comfy_host.fetch(pytestconfig.getoption("comfyui"), CACHE)
+    host = comfy_host.Host.boot(source, base, nodes, argv=argv)
+    gc.freeze()  # ComfyUI collects after every prompt: spare it going through its own modules
+    return Workbench(host, host.custom_module("block_swap"))
+
+
+@pytest.fixture(autouse=True)
+def simulated(bench):
+    """Every test starts with empty devices and ends without a race."""
+    bench.clear()
+    simulator.reset()
+    yield
+    simulator.check()
+
+
+@pytest.fixture(scope="session")
+def reference(bench):
+    """Latents of the unswapped model on the same device, by seed."""
+
+    class Latents(dict):
+        def __missing__(self, seed):
+            self[seed] = bench.sample(bench.plain(), seed=seed)
+            bench.clear()
+            return self[seed]
+
+    return Latents()

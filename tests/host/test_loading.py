@@ -1,0 +1,316 @@
+"""Loading, accounting, unloading and patching on a real ComfyUI."""
+
+import logging
+
+import pytest
+import torch
+from conftest import COMPUTE, LAYERS
+
+from rig import simulator
+from rig.comfy_host import PromptError
+
+ledger = simulator.ledger
+SPLIT = "acc:0,12mb;acc:1,8mb;cpu,*"
+
+
+def tensors(model):
+    """Copies of all tensors of a model, by name, on the CPU."""
+    return {name: tensor.cpu().clone() for name, tensor in model.state_dict().items()}
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+
+
+def at_home(bench):
+    """Whether every block of the swapped model lies where its split says."""
+    state, model = bench.state(), bench.loaded().model.diffusion_model
+    assert isinstance(model.blocks, torch.nn.ModuleList)
+    return all(
+        {str(t.device) for t in block.state_dict().values()} == {home}
+        for block, home in zip(model.blocks, state.split.homes, strict=True)
+    )
+
+
+def test_the_state_dict_is_the_files_while_loaded_and_afterwards(bench):
+    patcher = bench.load(bench.distorch(SPLIT))
+    before = tensors(patcher.model)
+    bench.mm.load_models_gpu([patcher])
+    assert same(tensors(patcher.model), before)
+    patcher.detach()
+    assert same(tensors(patcher.model), before)
+    assert {t.device.type for t in patcher.model.state_dict().values()} == {"cpu"}
+
+
+def test_saving_a_swapped_model_writes_the_files_weights(bench, tmp_path):
+    import comfy.utils
+    import safetensors.torch
+
+    patcher = bench.load(bench.distorch(SPLIT))
+    before = tensors(patcher.model.diffusion_model)
+    bench.mm.load_models_gpu([patcher])
+    saved = patcher.state_dict_for_saving()
+    # Every weight may be asked for lazily; write what would be written.
+    saved = {k: v.to("cpu").contiguous() for k, v in saved.items()}
+    comfy.utils.save_torch_file(saved, str(tmp_path / "saved.safetensors"))
+    written = safetensors.torch.load_file(tmp_path / "saved.safetensors")
+    prefix = "model.diffusion_model."
+    assert same({k.removeprefix(prefix): v for k, v in written.items()}, before)
+
+
+def test_accounting_is_true_from_load_to_detach(bench):
+    before = dict(ledger.allocated)
+    patcher = bench.load(bench.distorch(SPLIT))
+    loaded = bench.mm.LoadedModel(patcher)
+    with torch.inference_mode():
+        required = loaded.model_memory_required(patcher.load_device)
+        assert patcher.loaded_size() == 0
+        bench.mm.load_models_gpu([patcher])
+    split = bench.state(patcher).split
+    assert required == split.compute_bytes == patcher.loaded_size()
+    assert ledger.allocated[COMPUTE] - before[COMPUTE] == split.compute_bytes
+    assert loaded.model_memory_required(patcher.load_device) == 0
+    assert patcher.current_loaded_device() == torch.device(COMPUTE)
+    patcher.detach()
+    assert patcher.loaded_size() == 0
+    assert patcher.current_loaded_device() == torch.device("cpu")
+    assert ledger.allocated == before
+    assert loaded.model_memory_required(patcher.load_device) == split.compute_bytes
+
+
+def test_what_is_asked_of_free_memory_is_the_splits_share(bench, monkeypatch):
+    asked = []
+    free_memory = bench.mm.free_memory
+
+    def note(memory_required, device, *args, **kwargs):
+        asked.append((memory_required, str(device)))
+        return free_memory(memory_required, device, *args, **kwargs)
+
+    patcher = bench.load(bench.distorch(SPLIT))
+    monkeypatch.setattr(bench.mm, "free_memory", note)
+    bench.mm.load_models_gpu([patcher])
+    share = bench.state(patcher).split.compute_bytes
+    headroom = bench.mm.minimum_inference_memory()
+    assert asked[0] == (share * 1.1 + headroom, COMPUTE)
+    asked.clear()
+    bench.mm.load_models_gpu([patcher])
+    assert asked[0] == (headroom, COMPUTE)
+
+
+def test_a_load_goes_straight_to_place(bench):
+    patcher = bench.load(bench.distorch(SPLIT))
+    ledger.clear_copies()
+    ledger.reset_peak()
+    before = ledger.allocated[COMPUTE]
+    bench.mm.load_models_gpu([patcher])
+    split = bench.state(patcher).split
+    assert ledger.peak[COMPUTE] - before <= split.compute_bytes
+    # Up, once: what is resident; across, once: what other donors hold.
+    for device in simulator.devices():
+        slots = split.slots * split.slot_bytes if device == COMPUTE else 0
+        assert ledger.bytes_moved("cpu", device) <= split.bytes_on(device) - slots
+    assert ledger.bytes_moved(None, "cpu") == 0
+
+
+def test_memory_is_given_back_slots_first_and_taken_again_at_the_next_load(bench, reference):
+    loader = bench.distorch("acc:0,14mb;cpu,*")
+    assert torch.equal(bench.sample(loader), reference[1])
+    patcher, split = bench.loaded(), bench.state().split
+    resident = split.homes.count(COMPUTE)
+    assert resident > 2
+    before = ledger.allocated[COMPUTE]
+    slots = split.slots * split.slot_bytes
+
+    freed = patcher.partially_unload(patcher.offload_device, 1)
+    assert freed == slots == before - ledger.allocated[COMPUTE]
+    assert patcher.loaded_size() == split.compute_bytes - slots
+
+    freed = patcher.partially_unload(patcher.offload_device, split.slot_bytes + 1)
+    assert freed == 2 * split.slot_bytes
+    assert patcher.loaded_size() == split.compute_bytes - slots - freed
+
+    # Between a prompt's load and its end this may happen too: the model still runs.
+    model = patcher.model.diffusion_model
+    x = torch.randn(1, 16, 2, 8, 8, generator=torch.Generator().manual_seed(0)).to(COMPUTE)
+    context = torch.randn(1, 16, 4096, generator=torch.Generator().manual_seed(0)).to(COMPUTE)
+    t = torch.full((1,), 500.0).to(COMPUTE)
+    dtype = patcher.model.get_dtype_inference()
+    with torch.inference_mode():
+        partly = model(x.to(dtype), t, context.to(dtype)).cpu()
+
+    assert torch.equal(bench.sample(loader, seed=2), reference[2])
+    assert patcher.loaded_size() == split.compute_bytes
+    assert bench.state().split is split
+    assert at_home(bench)
+    with torch.inference_mode():
+        assert torch.equal(model(x.to(dtype), t, context.to(dtype)).cpu(), partly)
+
+
+def test_asked_for_everything_the_host_unloads_the_model_whole(bench, reference):
+    loader = bench.distorch(SPLIT)
+    bench.sample(loader)
+    bench.mm.free_memory(1e30, torch.device(COMPUTE))
+    assert not bench.mm.current_loaded_models
+    assert ledger.allocated["acc:1"] == 0
+    assert torch.equal(bench.sample(loader, seed=2), reference[2])
+
+
+@pytest.mark.parametrize("strengths", [(1.0,), (1.0, 0.5, 0.0), (0.0, 0.7)])
+def test_loras_added_changed_and_removed(bench, reference, strengths):
+    expected, latents = [], []
+    for strength in strengths:
+        expected.append(bench.sample(bench.lora(bench.plain(), strength)))
+    bench.clear()
+    original = None
+    for strength in strengths:
+        latents.append(bench.sample(bench.lora(bench.distorch(SPLIT), strength)))
+    for latent, host in zip(latents, expected, strict=True):
+        assert torch.equal(latent, host)
+    assert torch.equal(bench.sample(bench.distorch(SPLIT)), reference[1])
+    patcher = bench.loaded()
+    assert original is None or same(tensors(patcher.model), original)
+    assert patcher.backup == {}
+    assert at_home(bench)
+
+
+def test_a_patched_model_comes_back_bit_for_bit(bench):
+    bench.sample(bench.lora(bench.distorch(SPLIT), 1.0))
+    patcher = bench.loaded()
+    fresh = bench.load(bench.distorch(SPLIT))
+    assert not same(tensors(patcher.model), tensors(fresh.model))
+    patched = sum(backup.weight.nbytes for backup in patcher.backup.values())
+    lora_keys = 8 * LAYERS
+    assert 0 < patched <= lora_keys * max(t.nbytes for t in patcher.model.state_dict().values())
+    patcher.detach()
+    assert same(tensors(patcher.model), tensors(fresh.model))
+
+
+@pytest.mark.parametrize("kind", ["error", "interrupt", "out of memory"])
+def test_an_exception_inside_block_5_leaves_everything_at_home(bench, reference, kind):
+    loader = bench.distorch(SPLIT)
+    expected = [reference[seed] for seed in (1, 2)]
+    assert torch.equal(bench.sample(loader, 1), expected[0])
+    errors = {
+        "error": RuntimeError("broken"),
+        "interrupt": bench.mm.InterruptProcessingException(),
+        "out of memory": torch.OutOfMemoryError("simulated"),
+    }
+    calls = []
+
+    def fail(module, args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise errors[kind]
+
+    model = bench.loaded().model.diffusion_model
+    handle = model.blocks[5].register_forward_pre_hook(fail)
+    try:
+        with pytest.raises(PromptError) as caught:
+            bench.sample(loader, 2)
+    finally:
+        handle.remove()
+    assert caught.value.node_id == "23"
+    if kind != "out of memory":  # after which ComfyUI lets every model go
+        assert at_home(bench)
+    assert torch.equal(bench.sample(loader, 2), expected[1])
+    assert at_home(bench)
+
+
+def test_with_dynamic_vram_a_distorch2_load_gives_a_plain_patcher(bench, reference, monkeypatch):
+    import comfy.memory_management
+    import comfy.model_patcher
+
+    expected = reference[1]
+    dynamic = comfy.model_patcher.ModelPatcherDynamic
+    monkeypatch.setattr(comfy.model_patcher, "CoreModelPatcher", dynamic)
+    assert torch.equal(bench.sample(bench.distorch(SPLIT)), expected)
+    patcher = bench.loaded()
+    assert type(patcher) is comfy.model_patcher.ModelPatcher
+    assert bench.state().split.homes.count("acc:1") > 0
+    assert ledger.allocated["acc:1"] == bench.state().split.bytes_on("acc:1")
+    assert comfy.model_patcher.CoreModelPatcher is dynamic
+
+
+@pytest.mark.parametrize(
+    ("node", "inner"),
+    [
+        ("UNETLoaderDisTorch2MultiGPU", "load_unet"),
+        ("VAELoaderDisTorch2MultiGPU", "load_vae"),
+        ("CLIPLoaderDisTorch2MultiGPU", "load_clip"),
+        ("DualCLIPLoaderDisTorch2MultiGPU", "load_clip"),
+        ("CLIPVisionLoaderDisTorch2MultiGPU", "load_clip"),
+        ("ControlNetLoaderDisTorch2MultiGPU", "load_controlnet"),
+        ("CheckpointLoaderSimpleDisTorch2MultiGPU", "load_checkpoint"),
+    ],
+)
+def test_every_distorch2_loader_bypasses_dynamic_vram(bench, monkeypatch, node, inner):
+    import comfy.memory_management
+    import comfy.model_patcher
+
+    seen = []
+    original = bench.host.nodes[node].__mro__[1]
+    monkeypatch.setattr(comfy.memory_management, "aimdo_enabled", True)
+    monkeypatch.setattr(
+        comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcherDynamic
+    )
+
+    def load(self, *args, **kwargs):
+        aimdo = comfy.memory_management.aimdo_enabled
+        seen.append((comfy.model_patcher.CoreModelPatcher.__name__, aimdo))
+        return (object(),)
+
+    monkeypatch.setattr(original, inner, load)
+    instance = bench.host.nodes[node]()
+    getattr(instance, instance.FUNCTION)(eject_models=False)
+    assert seen == [("ModelPatcher", False)]
+    assert comfy.memory_management.aimdo_enabled is True
+    assert comfy.model_patcher.CoreModelPatcher is comfy.model_patcher.ModelPatcherDynamic
+
+    def fail(self, *args, **kwargs):
+        raise FileNotFoundError("gone")
+
+    monkeypatch.setattr(original, inner, fail)
+    with pytest.raises(FileNotFoundError):
+        getattr(instance, instance.FUNCTION)(eject_models=False)
+    assert comfy.memory_management.aimdo_enabled is True
+
+
+def test_a_model_that_is_no_wan_goes_to_multigpus_own_path(bench, monkeypatch):
+    import comfy.model_patcher
+    import comfy.ops
+
+    class Inner(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            operations = comfy.ops.manual_cast
+            layers = [operations.Linear(64, 64, dtype=torch.bfloat16) for _ in range(6)]
+            self.diffusion_model = torch.nn.Module()
+            self.diffusion_model.blocks = torch.nn.ModuleList(layers)
+
+    bench.sample(bench.distorch(SPLIT))  # MultiGPU has patched ComfyUI, and so has the plugin
+    patch = bench.module("distorch2_patch")
+    inner = Inner()
+    inner._distorch_v2_meta = {"full_allocation": "acc:0,40%;acc:1,60%#acc:0"}
+    patcher = comfy.model_patcher.ModelPatcher(inner, torch.device(COMPUTE), torch.device("cpu"))
+    assert not patch.is_swapped_here(patcher)
+    patcher.partially_load(torch.device(COMPUTE))
+    assert not hasattr(inner, patch.STATE)
+    devices = {str(p.device) for p in inner.parameters()}
+    assert devices == {"acc:0", "acc:1"}
+    del inner._distorch_v2_meta
+    patcher.detach()
+
+
+def test_the_table_is_not_printed_again_for_the_next_prompt(bench):
+    messages = []
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logger = logging.getLogger("MultiGPU")
+    logger.addHandler(handler)
+    try:
+        loader = bench.distorch(SPLIT)
+        for seed in (1, 2, 3):
+            bench.sample(loader, seed)
+    finally:
+        logger.removeHandler(handler)
+    assert sum("Block swap of" in message for message in messages) == 1
