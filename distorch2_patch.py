@@ -150,12 +150,15 @@ class SwappedModel:
     def load(self, model: torch.nn.Module, pin, unpin) -> None:
         """Put every block where the split wants it, straight, one at a time."""
         compute = self.swap.compute_device
+        homes = [device_utils.torch_device(home) for home in self.split.homes]
+        if self.loaded and [pack.device for pack in self.packs] == homes:
+            return  # and what the slots hold stays good
         self.swap.settle()
         self.non_block.place(compute)
         for module in _beside(model):
             module.to(compute)
-        for pack, home in zip(self.packs, self.split.homes, strict=True):
-            pack.place(device_utils.torch_device(home))
+        for pack, home in zip(self.packs, homes, strict=True):
+            pack.place(home)
             if pack.device != compute and pack.device.type == "cpu":
                 pack.lock(pin, unpin)
         self.swap.update()
@@ -325,7 +328,8 @@ def partially_unload(wrapped, patcher, args, kwargs):
 def change_hooks(wrapped, patcher, args, kwargs):
     """Hooks write into the weights: no slot may keep what they were, no copy may read them."""
     state = getattr(patcher.model, STATE, None)
-    if state is not None:
+    writes = patcher.hook_backup or any(hooks is not None for hooks in (*args, *kwargs.values()))
+    if state is not None and writes:
         state.swap.settle()
     return wrapped(*args, **kwargs)
 

@@ -115,7 +115,7 @@ class Pack:
                 origins = {tensor.device for tensor in tensors}
                 for view, tensor in zip(views, tensors, strict=True):
                     view.copy_(tensor)
-        # Later copies run on other streams, and what was copied from is about to be freed.
+        # From one donor to another, the copy is ordered before no stream that will read it.
         for busy in {device, *origins}:
             synchronize(busy)
         self.unlock()

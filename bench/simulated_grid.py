@@ -3,10 +3,13 @@
     python bench/simulated_grid.py [--limit 1.05]
 
 A step is one forward pass in the steady state. The bound is the longer of computing with
-everything resident and of moving the swapped bytes (DESIGN: max(L*C, N*T)). Rows are the share of
-the model that the compute device's quota holds, columns are the time to compute a block over the
-time to move it. Exits with 1 where a ratio is above ``--limit``. The figures are those of a clock
-that counts, not measures: they are the same on every machine.
+everything resident and of moving the swapped bytes: max(L*C, N*T) for L blocks computed in C and N
+swapped blocks moved in T. Rows are the share of the blocks that is swapped, with the quota of the
+compute device that gives it; columns are C:T. Exits with 1 where a ratio is above ``--limit``. The
+figures are those of a clock that counts, not measures: they are the same on every machine.
+
+A quota with room for a single block behind the non-block weights is the floor: with one slot
+nothing overlaps, and a step takes N * (C + T) + (L - N) * C, up to twice the bound.
 """
 
 from __future__ import annotations
@@ -17,11 +20,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-import conftest  # noqa: F401  makes block_swap importable
 import torch
-from block_swap.allocation_parser import Block, ModelSizes, parse_allocation, plan_split
-from block_swap.swap_executor import BlockSwap, Pack
 
+import conftest  # noqa: F401  makes block_swap importable
+from block_swap.allocation_parser import Block, ModelSizes, Split, parse_allocation, plan_split
+from block_swap.swap_executor import BlockSwap, Pack
 from rig import simulator
 
 COMPUTE = "acc:0"
@@ -30,7 +33,7 @@ BANDWIDTH = 1e6  # bytes per virtual second
 WARM_UP, MEASURED = 3, 4
 
 LAYERS = (8, 30, 40)
-QUOTAS = (90, 80, 70, 60, 50, 40, 30, 20, 10)  # percent of the model
+SHARES = (10, 20, 30, 40, 50, 60, 70, 80, 90, 100)  # percent of the blocks that are swapped
 RATIOS = (0.25, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 4.0)  # compute : transfer
 
 
@@ -60,12 +63,21 @@ class SyntheticModel(torch.nn.Module):
         return x
 
 
-def step_over_bound(layers: int, quota_percent: float, ratio: float) -> tuple[float, int, int]:
-    """(step / bound, swapped blocks, slots) for one point of the grid."""
+def split_with(layers: int, swapped: int) -> Split:
+    """The split in which ``swapped`` blocks are swapped, or the least number above that exists."""
     sizes = ModelSizes(tuple(Block(f"blocks.{i}", BLOCK_BYTES) for i in range(layers)), 0)
-    text = f"acc:0,{quota_percent}%;cpu,*"
-    allocation = parse_allocation(text, ("cpu", *simulator.devices()), COMPUTE)
-    split = plan_split(allocation, sizes, {})
+    for room in range(layers, 1, -1):
+        text = f"{COMPUTE},{room * BLOCK_BYTES}b;cpu,*"
+        allocation = parse_allocation(text, ("cpu", *simulator.devices()), COMPUTE)
+        split = plan_split(allocation, sizes, {})
+        if len(split.swapped) >= swapped:
+            return split
+    raise ValueError(f"{swapped} of {layers} blocks are never swapped")
+
+
+def step_over_bound(split: Split, ratio: float) -> float:
+    """The time of a step over its bound, for one point of the grid."""
+    layers = len(split.homes)
     transfer = BLOCK_BYTES / BANDWIDTH
     model = SyntheticModel(layers, ratio * transfer)
     packs = [Pack.layout([block]) for block in model.blocks]
@@ -86,7 +98,7 @@ def step_over_bound(layers: int, quota_percent: float, ratio: float) -> tuple[fl
     end.record()
     step = start.elapsed_time(end) / 1000 / MEASURED
     bound = max(layers * ratio * transfer, split.bytes_per_pass / BANDWIDTH)
-    return step / bound, len(split.swapped), split.slots
+    return step / bound
 
 
 def grid(layers: int) -> tuple[list[str], float]:
@@ -95,14 +107,20 @@ def grid(layers: int) -> tuple[list[str], float]:
     lines = [
         f"{layers} blocks",
         "",
-        "| quota | swapped | slots | " + " | ".join(f"{ratio:g}" for ratio in RATIOS) + " |",
+        "| swapped | quota | slots | " + " | ".join(f"{ratio:g}" for ratio in RATIOS) + " |",
         "|" + "---:|" * (3 + len(RATIOS)),
     ]
-    for quota in QUOTAS:
-        points = [step_over_bound(layers, quota, ratio) for ratio in RATIOS]
-        worst = max(worst, *(point[0] for point in points))
-        cells = " | ".join(f"{point[0]:.3f}" for point in points)
-        lines.append(f"| {quota}% | {points[0][1]} | {points[0][2]} | {cells} |")
+    for share in SHARES:
+        split = split_with(layers, max(1, round(layers * share / 100)))
+        points = [step_over_bound(split, ratio) for ratio in RATIOS]
+        worst = max(worst, *points)
+        row = [
+            f"{len(split.swapped)} of {layers}",
+            f"{split.quotas[0].nbytes / split.sizes.total_bytes:.0%}",
+            str(split.slots),
+            *(f"{point:.3f}" for point in points),
+        ]
+        lines.append(f"| {' | '.join(row)} |")
     return [*lines, "", f"worst: {worst:.3f}", ""], worst
 
 
@@ -112,6 +130,7 @@ def main() -> int:
     limit = parser.parse_args().limit
     simulator.install()
     simulator.clock.flops = float("inf")
+    simulator.clock.inline_bytes = 0  # the blocks are small for speed, not by nature
     simulator.clock.set_bandwidth(BANDWIDTH)
     worst = 0.0
     with torch.inference_mode():

@@ -6,6 +6,7 @@ import textwrap
 
 import torch
 import wrapt
+
 from conftest import CACHE, RIG, ROOT
 
 TARGETS = [

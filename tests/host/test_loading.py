@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import COMPUTE, LAYERS
 
+from conftest import COMPUTE, LAYERS
 from rig import simulator
 from rig.comfy_host import PromptError
 
@@ -282,7 +282,7 @@ def test_a_model_that_is_no_wan_goes_to_multigpus_own_path(bench, monkeypatch):
         def __init__(self):
             super().__init__()
             operations = comfy.ops.manual_cast
-            layers = [operations.Linear(64, 64, dtype=torch.bfloat16) for _ in range(6)]
+            layers = [operations.Linear(1024, 1024, dtype=torch.bfloat16) for _ in range(6)]
             self.diffusion_model = torch.nn.Module()
             self.diffusion_model.blocks = torch.nn.ModuleList(layers)
 

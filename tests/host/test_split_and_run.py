@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from conftest import COMPUTE
 
+from conftest import COMPUTE
 from rig import simulator
 
 ledger = simulator.ledger

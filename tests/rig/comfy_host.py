@@ -150,6 +150,7 @@ class Host:
         custom_nodes: Mapping[str, Path] | Iterable[tuple[str, Path]] = (),
         accelerators: bool = True,
         argv: Iterable[str] = (),
+        gpu: bool = False,
     ) -> "Host":
         """Start the ComfyUI of `comfy_dir` with its files under `base_dir`.
 
@@ -160,6 +161,7 @@ class Host:
             accelerators: run on the accelerators of `rig.simulator`, which the caller has
                 installed; otherwise on the CPU.
             argv: further command line arguments of ComfyUI.
+            gpu: let ComfyUI find this machine's real devices; excludes `accelerators`.
 
         Raises:
             RuntimeError: this process has booted a ComfyUI before.
@@ -170,7 +172,8 @@ class Host:
         order = _lay_out(base_dir, dict(custom_nodes))
         sys.path.insert(0, str(Path(comfy_dir).resolve()))
         sys.path.append(str(STANDINS))  # last, so that an installed torchvision wins
-        sys.argv = ["main.py", "--cpu", "--base-directory", str(base_dir), "--disable-api-nodes"]
+        sys.argv = ["main.py", *([] if gpu else ["--cpu"]), "--base-directory", str(base_dir)]
+        sys.argv += ["--disable-api-nodes"]
         sys.argv += ["--front-end-root", str(base_dir / "front_end")]
         sys.argv += ["--database-url", f"sqlite:///{base_dir / 'user' / 'comfyui.db'}", *argv]
 

@@ -221,7 +221,8 @@ class Clock:
       point operations, 2*m*n*k, over `flops`. All other computation takes no time, nor does a copy
       within a device.
     - A copy between devices takes its bytes over the bandwidth of its link, and has it to itself:
-      there is one link for each pair of devices and direction.
+      there is one link for each pair of devices and direction. Up to `inline_bytes` from the host
+      take no time: CUDA sends so little along with the commands, past the copy engine.
     - The host takes no time. It is only set forward where it synchronises.
 
     Rates are kept by `reset()`; `reset_rates()` is for them.
@@ -234,6 +235,7 @@ class Clock:
     def reset_rates(self) -> None:
         """Go back to 1e14 floating point operations and, on every link, 25e9 bytes per second."""
         self.flops = 1e14
+        self.inline_bytes = 64 << 10
         self._bandwidth: dict[tuple[str | None, str | None], float] = {(None, None): 25e9}
 
     def bandwidth(self, source: str, destination: str) -> float:
@@ -264,6 +266,8 @@ class Clock:
 
     def transfer(self, stream: Stream, source: str, destination: str, nbytes: int) -> None:
         """Let the operation just enqueued on `stream` be a copy over a link."""
+        if source == "cpu" and nbytes <= self.inline_bytes:
+            return
         link = (source, destination)
         start = max(stream.timeline.time, self._link_free.get(link, 0.0))
         end = start + nbytes / self.bandwidth(source, destination)

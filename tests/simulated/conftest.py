@@ -1,4 +1,4 @@
-"""Two simulated accelerators, checked for races and leaks after every test."""
+"""Three simulated accelerators, checked for races and leaks after every test."""
 
 import gc
 import sys
@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from rig import simulator
 
 sys.path.insert(0, str(Path(__file__).parent))
 torch.set_num_threads(1)  # the tensors are tiny
-simulator.install(count=2)
+simulator.install(count=3)
 gc.freeze()  # collecting torch itself before and after every test takes most of their time
 
 

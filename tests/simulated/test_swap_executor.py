@@ -5,6 +5,7 @@ import weakref
 
 import pytest
 import torch
+
 from rig import simulator
 from toy import COMPUTE, Model, at_home, swap_of
 

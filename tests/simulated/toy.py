@@ -1,6 +1,7 @@
 """A small model with a Wan's shape: a block list that its own forward loops over."""
 
 import torch
+
 from block_swap.swap_executor import BlockSwap, Pack
 from rig import simulator
 

@@ -6,10 +6,11 @@ import threading
 
 import pytest
 import torch
-from rig import simulator
-from rig.simulator import RaceError, clock, host_in_flight, ledger
 from torch import nn
 from torch.nn import functional
+
+from rig import simulator
+from rig.simulator import RaceError, clock, host_in_flight, ledger
 
 DEVICE = "acc:0"
 PEER = "acc:1"
@@ -24,6 +25,7 @@ def clean():
     """Every test starts at time 0 with no copies, and must end without races or leaks."""
     simulator.reset()
     clock.reset_rates()
+    clock.inline_bytes = 0
     before = dict(ledger.allocated)
     yield
     if ledger.allocated != before:  # what an exception holds is in a cycle
@@ -677,6 +679,18 @@ def test_matrix_products_take_time(compute_something, flops, mode):
     with mode():
         compute_something()
     assert clock.now(DEVICE) == flops
+
+
+def test_a_little_from_the_host_takes_no_time_and_no_turn_on_the_link(side):
+    clock.set_bandwidth(1.0)
+    clock.inline_bytes = KB
+    with torch.acc.stream(side):
+        torch.zeros(2 * KB, dtype=torch.uint8).to(DEVICE, non_blocking=True)
+    assert clock.now(DEVICE) == 2 * KB
+    little = torch.zeros(KB, dtype=torch.uint8).to(DEVICE, non_blocking=True)
+    assert torch.acc.current_stream(DEVICE).timeline.time == 0.0
+    little.cpu()
+    assert clock.now(DEVICE) == 2 * KB
 
 
 def test_the_device_module_answers_as_cuda_does():

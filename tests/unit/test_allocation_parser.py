@@ -3,6 +3,7 @@
 from fractions import Fraction
 
 import pytest
+
 from block_swap.allocation_parser import AllocationError, Mode, parse_allocation
 
 DEVICES = ("cpu", "cuda:0", "cuda:1", "mps")

@@ -1,6 +1,9 @@
 """Splits: properties over random models and strings, and the cases that have one right answer."""
 
 import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
 from block_swap.allocation_parser import (
     Block,
     Mode,
@@ -9,8 +12,6 @@ from block_swap.allocation_parser import (
     plan_split,
     spread,
 )
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
 
 MIB = 1 << 20
 DEVICES = ("cpu", "acc:0", "acc:1", "acc:2")

@@ -1,0 +1,149 @@
+"""Shows the block swap at work: a real ComfyUI, a tiny Wan, an allocation over several devices.
+
+    make demo [MULTIGPU_DIR=<checkout of ComfyUI-MultiGPU>]
+
+Runs on the GPU where there is one, else on two simulated accelerators. Prints the split, the bytes
+that moved, and whether the latent equals the unswapped one. Exits with 1 when it does not, or when
+other bytes moved than the table says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+from rig import comfy_host, simulator, tiny_wan  # noqa: E402
+
+VERSION = next(iter(comfy_host.SOURCES))
+STEPS = 3
+
+
+def prompt(loader: dict, seed: int) -> dict:
+    """A text-to-video prompt in API format; the latent is kept under ``out``."""
+    return {
+        "1": loader,
+        "2": {"class_type": "ProbeConditioning", "inputs": {"seed": 1, "length": 16}},
+        "3": {"class_type": "ProbeConditioning", "inputs": {"seed": 2, "length": 17}},
+        "4": {
+            "class_type": "EmptyHunyuanLatentVideo",
+            "inputs": {"width": 64, "height": 64, "length": 5, "batch_size": 1},
+        },
+        "5": {
+            "class_type": "KSampler",
+            "inputs": {
+                "model": ["1", 0],
+                "seed": seed,
+                "steps": STEPS,
+                "cfg": 5.0,
+                "sampler_name": "euler",
+                "scheduler": "simple",
+                "positive": ["2", 0],
+                "negative": ["3", 0],
+                "latent_image": ["4", 0],
+                "denoise": 1.0,
+            },
+        },
+        "6": {"class_type": "ProbeLatent", "inputs": {"latent": ["5", 0], "key": "out"}},
+    }
+
+
+def loaders(compute: str, text: str) -> tuple[dict, dict]:
+    """The nodes that load the tiny Wan: ComfyUI's own, and DisTorch2's with an allocation."""
+    plain = {"unet_name": "wan.safetensors", "weight_dtype": "default"}
+    distorch = {
+        **plain,
+        "compute_device": compute,
+        "virtual_vram_gb": 0.0,
+        "donor_device": "cpu",
+        "expert_mode_allocations": text,
+        "eject_models": False,
+    }
+    return (
+        {"class_type": "UNETLoader", "inputs": plain},
+        {"class_type": "UNETLoaderDisTorch2MultiGPU", "inputs": distorch},
+    )
+
+
+def block_copies(split) -> list[simulator.Copy]:
+    """The copies of swapped blocks to the compute device that the simulator has seen."""
+    sizes = {split.sizes.blocks[index].nbytes for index in split.swapped}
+    compute = split.compute_device
+    return [c for c in simulator.ledger.copies if c.destination == compute and c.nbytes in sizes]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--multigpu", type=Path, help="checkout of ComfyUI-MultiGPU")
+    multigpu = parser.parse_args().multigpu
+    gpu = torch.cuda.is_available()
+    compute, text = "acc:0", "acc:0,12mb;acc:1,3mb;cpu,*"
+    if gpu:
+        compute, text = "cuda:0", "cuda:0,12mb;cpu,*"
+    else:
+        simulator.install(count=2)
+
+    rig = ROOT / "tests" / "rig"
+    nodes = [
+        ("probe", rig / "probe_nodes"),
+        ("ComfyUI-MultiGPU", multigpu or rig / "multigpu_double"),
+        ("block_swap", ROOT),
+    ]
+    source = comfy_host.fetch(VERSION, ROOT / ".cache")
+    with tempfile.TemporaryDirectory() as folder:
+        models = Path(folder) / "models" / "diffusion_models"
+        models.mkdir(parents=True)
+        tiny_wan.write_wan(models / "wan.safetensors")
+        logging.disable(logging.ERROR)  # what this ComfyUI misses: its front end, optional nodes
+        argv = ["--bf16-unet", "--cache-classic"]
+        host = comfy_host.Host.boot(
+            source, Path(folder), nodes, accelerators=not gpu, gpu=gpu, argv=argv
+        )
+        logging.disable(logging.NOTSET)
+        logging.getLogger("MultiGPU").setLevel(logging.INFO)
+        return compare(host, compute, text, "real" if multigpu else "its double")
+
+
+def compare(host: comfy_host.Host, compute: str, text: str, multigpu: str) -> int:
+    """Sample with and without the swap; print what happened; 0 where both are the same."""
+    latents = host.custom_module("probe").LATENTS
+    plain, distorch = loaders(compute, text)
+    host.run(prompt(plain, seed=1))
+    expected = latents.pop("out")
+    host.free(unload_models=True, free_memory=True)
+
+    print(f"\nComfyUI {VERSION}, MultiGPU: {multigpu}, compute device: {compute}\n", flush=True)
+    host.run(prompt(distorch, seed=2))  # loads the model, and the slots are warm afterwards
+    simulator.ledger.clear_copies()
+    host.run(prompt(distorch, seed=1))
+    equal = torch.equal(latents.pop("out"), expected)
+
+    state = next(
+        vars(loaded.model.model)["_distorch2_block_swap"]
+        for loaded in host.mm.current_loaded_models
+        if loaded.model is not None
+    )
+    passes = 2 * STEPS  # cond and uncond
+    print(f"\n{passes} forward passes:")
+    as_told = True
+    if compute == "acc:0":
+        copies = block_copies(state.split)
+        moved, told = sum(copy.nbytes for copy in copies), passes * state.split.bytes_per_pass
+        as_told = moved == told
+        print(f"  {moved / 2**20:.2f} MiB of blocks moved up in {len(copies)} copies,")
+        print(f"  {told / 2**20:.2f} MiB were to move")
+        simulator.check()
+        print("  no race between copies and computation")
+    print(f"  the latent is {'bit-equal to' if equal else 'DIFFERENT FROM'} the unswapped one")
+    return 0 if equal and as_told else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
