@@ -11,10 +11,12 @@ READY := .cache/venv/ready
 
 .PHONY: test demo bench lint clean
 
-# One process boots one ComfyUI, so every combination is a run of its own. The two versions also
-# load the two custom nodes in either order.
+# One process boots one ComfyUI, so every combination is a run of its own, as are the tests that
+# want simulated devices of another size. The two versions also load the two custom nodes in either
+# order.
 test: $(READY)
-	$(PYTEST) tests/unit tests/simulator tests/simulated
+	$(PYTEST) tests/unit tests/simulator
+	$(PYTEST) tests/simulated
 	set -e; for version in $(COMFYUI); do \
 		$(PYTEST) tests/host --comfyui $$version $$order; \
 		if [ -n "$(MULTIGPU_DIR)" ]; then \
