@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -11,6 +10,8 @@ from dataclasses import dataclass
 import wrapt
 
 logger = logging.getLogger("MultiGPU")
+
+_INHERITED = object()
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class PatchTable:
     """
 
     def __init__(self) -> None:
+        # (id of the parent, name) -> (parent, name, what its __dict__ held, our wrapper)
         self._applied: dict[tuple[int, str], tuple[object, str, object, object]] = {}
 
     def apply(self, patches: Iterable[Patch]) -> None:
@@ -52,9 +54,10 @@ class PatchTable:
                 logger.warning(f"[MultiGPU] block swap: this ComfyUI has no {patch}; left out")
                 continue
             if (id(parent), name) not in self._applied:
+                own = vars(parent).get(name, _INHERITED)
                 wrapper = wrapt.FunctionWrapper(original, patch.wrapper)
                 setattr(parent, name, wrapper)
-                self._applied[id(parent), name] = (parent, name, original, wrapper)
+                self._applied[id(parent), name] = (parent, name, own, wrapper)
 
     def remove(self) -> None:
         """Put back every original object.
@@ -62,9 +65,11 @@ class PatchTable:
         An attribute that somebody else has patched since is left as it is: their patch calls ours,
         which calls the original.
         """
-        for parent, name, original, wrapper in reversed(self._applied.values()):
-            if inspect.getattr_static(parent, name) is wrapper:
-                setattr(parent, name, original)
-            else:
+        for parent, name, own, wrapper in reversed(self._applied.values()):
+            if vars(parent).get(name) is not wrapper:
                 logger.warning(f"[MultiGPU] block swap: {name} was patched again; left in place")
+            elif own is _INHERITED:
+                delattr(parent, name)
+            else:
+                setattr(parent, name, own)
         self._applied.clear()
