@@ -42,6 +42,9 @@ class PatchTable:
         # (id of the parent, name) -> (parent, name, what its __dict__ held, our wrapper)
         self._applied: dict[tuple[int, str], tuple[object, str, object, object]] = {}
 
+    def _is_applied(self) -> bool:
+        return bool(self._applied)
+
     def apply(self, patches: Iterable[Patch]) -> None:
         """Apply ``patches``; one whose target this host lacks is named in the log and skipped."""
         for patch in patches:
@@ -55,7 +58,7 @@ class PatchTable:
                 continue
             if (id(parent), name) not in self._applied:
                 own = vars(parent).get(name, _INHERITED)
-                wrapper = wrapt.FunctionWrapper(original, patch.wrapper)
+                wrapper = wrapt.FunctionWrapper(original, patch.wrapper, enabled=self._is_applied)
                 setattr(parent, name, wrapper)
                 self._applied[id(parent), name] = (parent, name, own, wrapper)
 
@@ -63,7 +66,7 @@ class PatchTable:
         """Put back every original object.
 
         An attribute that somebody else has patched since is left as it is: their patch calls ours,
-        which calls the original.
+        which from now on only calls the original.
         """
         for parent, name, own, wrapper in reversed(self._applied.values()):
             if vars(parent).get(name) is not wrapper:
