@@ -11,6 +11,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from types import ModuleType
 
 import torch
@@ -81,6 +82,18 @@ def is_swapped_here(patcher) -> bool:
     )
 
 
+def follow_allocation(patcher) -> None:
+    """Check the allocation of a patcher's model, and plan anew if it is not the one it had.
+
+    Raises:
+        AllocationError: the string cannot be followed as written.
+    """
+    allocation = read_allocation(patcher)
+    state = getattr(patcher.model, STATE, None)
+    if state is not None:
+        state.follow(allocation)
+
+
 def read_allocation(patcher) -> Allocation:
     """The parsed allocation of a patcher's model.
 
@@ -115,7 +128,7 @@ class SwappedModel:
         # What the inner model holds beside the diffusion model (sigmas) moves along, unpacked:
         # ComfyUI replaces these modules and buffers at will.
         beside = sum(t.nbytes for module in _beside(model) for t in _tensors(module))
-        sizes = ModelSizes(
+        self.sizes = ModelSizes(
             blocks=tuple(
                 Block(f"{name}.{position}", pack.nbytes)
                 for (name, position, _), pack in zip(blocks, self.packs, strict=True)
@@ -123,17 +136,24 @@ class SwappedModel:
             non_block_bytes=self.non_block.nbytes + beside,
             min_slots=len(lists),
         )
-        memory = {
-            entry.device: device_utils.total_memory(entry.device) for entry in allocation.entries
-        }
-        self.split: Split = plan_split(allocation, sizes, memory)
         indices = {
             name: [i for i, (other, _, _) in enumerate(blocks) if other == name] for name in lists
         }
+        self.split = self._plan(allocation)
         compute = device_utils.torch_device(self.split.compute_device)
-        # A split without slots needs some once ``give_back`` has taken its resident blocks away.
-        self.swap = BlockSwap(compute, self.packs, indices, self.split.slots or 2)
+        self.swap = BlockSwap(compute, self.packs, indices)
         self._undrive = None
+
+    def _plan(self, allocation: Allocation) -> Split:
+        memory = {
+            entry.device: device_utils.total_memory(entry.device) for entry in allocation.entries
+        }
+        return plan_split(allocation, self.sizes, memory)
+
+    def follow(self, allocation: Allocation) -> None:
+        """Plan anew if the allocation is another; the next load moves what has to move."""
+        if allocation != self.split.allocation:
+            self.split = self._plan(allocation)
 
     @property
     def loaded(self) -> bool:
@@ -148,11 +168,15 @@ class SwappedModel:
         return placed + beside + self.swap.slot_bytes
 
     def load(self, model: torch.nn.Module, pin, unpin) -> None:
-        """Put every block where the split wants it, straight, one at a time."""
+        """Put every block where the split wants it, straight, one at a time, and print the split.
+
+        Where everything is in place already, nothing is touched: what the slots hold stays good.
+        """
         compute = self.swap.compute_device
         homes = [device_utils.torch_device(home) for home in self.split.homes]
         if self.loaded and [pack.device for pack in self.packs] == homes:
-            return  # and what the slots hold stays good
+            return
+        logger.info(self.split.table())
         self.swap.settle()
         self.non_block.place(compute)
         for module in _beside(model):
@@ -161,7 +185,8 @@ class SwappedModel:
             pack.place(home)
             if pack.device != compute and pack.device.type == "cpu":
                 pack.lock(pin, unpin)
-        self.swap.update()
+        # A split without slots needs some once ``give_back`` has taken its resident blocks away.
+        self.swap.update(self.split.slots or 2)
         if self._undrive is None:
             self._undrive = self.swap.drive(model.diffusion_model)
 
@@ -178,15 +203,19 @@ class SwappedModel:
             if pack.device == self.swap.compute_device:
                 pack.place(offload_device)
                 freed += pack.nbytes
-        self.swap.update()
+        self.swap.update(self.split.slots or 2)
         return freed
 
-    def unload(self, device: torch.device) -> None:
-        """Take all weights to ``device`` and leave the model as if it had never been swapped."""
+    def unload(self, device: torch.device, donors_too: bool) -> None:
+        """Take the weights off the compute device, to ``device``; nothing is swapped any more.
+
+        Blocks on other accelerators stay there unless ``donors_too``.
+        """
         self.swap.drop_slots()
         for pack in (self.non_block, *self.packs):
-            pack.unlock()
-            pack.place(device)
+            if donors_too or pack.device in (None, self.swap.compute_device):
+                pack.unlock()
+                pack.place(device)
         if self._undrive is not None:
             self._undrive()
             self._undrive = None
@@ -246,8 +275,6 @@ def _load(patcher, device_to, extra_memory=0, force_patch_weights=False, **_):
         patcher.unpatch_model(None, unpatch_weights=changed)
         patcher.patch_model(load_weights=False)
         try:
-            if not state.loaded:
-                logger.info(state.split.table())
             state.load(model, mm.pin_memory, mm.unpin_memory)
             if model.current_weight_patches_uuid is None:
                 patcher.unpatch_hooks()
@@ -295,6 +322,23 @@ def _patch_weights(patcher, device_to) -> None:
         module.comfy_patched_weights = True
 
 
+# Whether models that are unloaded keep their blocks on other accelerators.
+_donors_stay: ContextVar[bool] = ContextVar("donors_stay", default=False)
+
+# ComfyUI asks for this much, or more, to mean "everything".
+EVERYTHING = 1e29
+
+
+def free_memory(wrapped, instance, args, kwargs):
+    """Who needs room on one device gains nothing from blocks that leave another."""
+    memory_required = kwargs["memory_required"] if "memory_required" in kwargs else args[0]
+    token = _donors_stay.set(memory_required < EVERYTHING)
+    try:
+        return wrapped(*args, **kwargs)
+    finally:
+        _donors_stay.reset(token)
+
+
 def unpatch_model(wrapped, patcher, args, kwargs):
     """Before weights are unpatched or moved away: no copy may be under way, nothing swapped."""
 
@@ -302,12 +346,19 @@ def unpatch_model(wrapped, patcher, args, kwargs):
         return device_to, unpatch_weights
 
     device_to, unpatch_weights = bind(*args, **kwargs)
-    state = getattr(patcher.model, STATE, None)
-    if state is not None and unpatch_weights:
-        state.swap.settle()
-        if device_to is not None:
-            state.unload(device_to)
-    return wrapped(*args, **kwargs)
+    model = patcher.model
+    state = getattr(model, STATE, None)
+    if state is None or not unpatch_weights:
+        return wrapped(*args, **kwargs)
+    state.swap.settle()
+    if device_to is None:
+        return wrapped(*args, **kwargs)
+    state.unload(device_to, donors_too=not _donors_stay.get())
+    result = wrapped(None, True)  # in place: to name the device would move the donors' blocks too
+    for module in _beside(model):
+        module.to(device_to)
+    model.device = device_to
+    return result
 
 
 def partially_unload(wrapped, patcher, args, kwargs):
@@ -398,20 +449,29 @@ def _loader(join: LoadingJoin):
         join.arm()
         with without_dynamic_vram():
             outputs = wrapped(*args, **kwargs)
-        for patcher in _patchers(outputs):
+        for patcher in patchers_of(outputs):
             if is_swapped_here(patcher):
-                read_allocation(patcher)  # an error belongs to this node, not to the sampler
+                follow_allocation(patcher)  # an error belongs to this node, not to the sampler
         return outputs
 
     return load
 
 
-def _patchers(outputs) -> Iterator:
-    """The patchers among the outputs of a loader node; CLIP and VAE carry theirs inside."""
+def patchers_of(outputs) -> Iterator:
+    """The patchers among the outputs of a loader node; CLIP, VAE and ControlNet carry theirs."""
     for output in outputs:
-        patcher = getattr(output, "patcher", output)
-        if hasattr(patcher, "model") and hasattr(patcher, "load_device"):
-            yield patcher
+        for patcher in (
+            output,
+            getattr(output, "patcher", None),
+            getattr(output, "control_model_wrapped", None),
+        ):
+            if hasattr(patcher, "model") and hasattr(patcher, "load_device"):
+                yield patcher
+
+
+def distorch2_nodes(multigpu: ModuleType) -> dict[str, type]:
+    """The DisTorch2 loader nodes of MultiGPU's package, by id, legacy forms included."""
+    return {n: node for n, node in multigpu.NODE_CLASS_MAPPINGS.items() if "DisTorch" in n}
 
 
 class LoadingJoin:
@@ -432,9 +492,7 @@ class LoadingJoin:
         self._multigpu = multigpu
         loader = _loader(self)
         self._table.apply(
-            Patch(node, node.FUNCTION, loader)
-            for name, node in multigpu.NODE_CLASS_MAPPINGS.items()
-            if "DisTorch" in name
+            Patch(node, node.FUNCTION, loader) for node in distorch2_nodes(multigpu).values()
         )
 
     def arm(self) -> None:
@@ -454,6 +512,7 @@ class LoadingJoin:
                 Patch(patcher, "ModelPatcher.patch_hooks", change_hooks),
                 Patch(patcher, "ModelPatcher.unpatch_hooks", change_hooks),
                 Patch(manager, "LoadedModel.model_memory_required", model_memory_required),
+                Patch(manager, "free_memory", free_memory),
                 Patch(manager, "load_models_gpu", _load_models_gpu(original)),
             ]
         )

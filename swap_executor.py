@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import threading
 import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,6 +21,15 @@ import torch
 from .device_utils import stream_module, synchronize
 
 logger = logging.getLogger("MultiGPU")
+
+_passes = threading.local()
+
+
+def pass_device() -> torch.device | None:
+    """The compute device of the pass that this thread is in; ``None`` outside of any."""
+    devices = getattr(_passes, "devices", ())
+    return devices[-1] if devices else None
+
 
 # Offsets in a pack: what CUDA's own allocations guarantee to kernels that load whole vectors.
 ALIGNMENT = 256
@@ -237,8 +247,8 @@ class BlockSwap:
     """Runs the blocks of one model on ``compute_device``, wherever their homes are.
 
     ``packs`` holds one ``Pack`` per block in execution order, ``lists`` names the model's block
-    lists and gives, for each of their modules, the index of its pack. ``slots`` is how many slots
-    swapped blocks take turns in. ``update`` and ``allocate_slots`` come before the first pass.
+    lists and gives, for each of their modules, the index of its pack. ``update`` and
+    ``allocate_slots`` come before the first pass.
 
     Inside a pass the model's own loop drives the swap: the block lists are views that bring a
     block in, yield it, and release it when the loop comes back. A swapped block never travels
@@ -250,10 +260,9 @@ class BlockSwap:
         compute_device: torch.device,
         packs: Sequence[Pack],
         lists: Mapping[str, Sequence[int]],
-        slots: int,
     ):
         self.compute_device = compute_device
-        self._slots_wanted = slots
+        self._slots_wanted = 0
         self._packs = tuple(packs)
         self._lists = dict(lists)
         self._slots: list[_Slot] = []
@@ -270,13 +279,18 @@ class BlockSwap:
 
     # -- placement ---------------------------------------------------------------------------
 
-    def update(self) -> None:
-        """Take the packs as they lie now: to be called after they were moved."""
+    def update(self, slots: int) -> None:
+        """Take the packs as they lie now, to be swapped through up to ``slots`` slots.
+
+        To be called after packs were moved. Slots that are too many, or of another size, are freed.
+        """
         self.settle()
+        self._slots_wanted = slots
         self._order = [i for i, p in enumerate(self._packs) if p.device != self.compute_device]
         self._swapped = frozenset(self._order)
         if any(slot.buffer.nbytes != self._block_bytes() for slot in self._slots):
             self._slots.clear()
+        del self._slots[slots:]
 
     def allocate_slots(self) -> None:
         """Allocate the slots that are missing; none are needed where every block is resident."""
@@ -350,11 +364,14 @@ class BlockSwap:
         if self._depth == 0:
             self._open(model)
         self._depth += 1
+        devices = vars(_passes).setdefault("devices", [])
+        devices.append(self.compute_device)
         completed = False
         try:
             yield
             completed = True
         finally:
+            devices.pop()
             self._depth -= 1
             if self._depth == 0:
                 self._close(model, completed)

@@ -83,8 +83,8 @@ def step_over_bound(split: Split, ratio: float) -> float:
     packs = [Pack.layout([block]) for block in model.blocks]
     for pack, home in zip(packs, split.homes, strict=True):
         pack.place(torch.device(home))
-    swap = BlockSwap(torch.device(COMPUTE), packs, {"blocks": range(layers)}, split.slots)
-    swap.update()
+    swap = BlockSwap(torch.device(COMPUTE), packs, {"blocks": range(layers)})
+    swap.update(split.slots)
     swap.allocate_slots()
     swap.drive(model)
     x = torch.zeros(BLOCK_BYTES, dtype=torch.uint8, device=COMPUTE)

@@ -16,6 +16,7 @@ TARGETS = [
     ("comfy.model_patcher", "ModelPatcher", "patch_hooks"),
     ("comfy.model_patcher", "ModelPatcher", "unpatch_hooks"),
     ("comfy.model_management", "LoadedModel", "model_memory_required"),
+    ("comfy.model_management", None, "free_memory"),
     ("comfy.model_management", None, "load_models_gpu"),
     ("nodes", None, "load_custom_node"),
 ]

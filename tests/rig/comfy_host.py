@@ -81,6 +81,23 @@ class PromptError(Exception):
         self.traceback = traceback
 
 
+def refusal(error: Mapping, node_errors: Mapping[str, dict]) -> PromptError:
+    """The error for a prompt that ComfyUI's validation refused, from what it gave as the cause."""
+    message = f"{error['message']} {error['details']} {json.dumps(node_errors)}"
+    return PromptError(next(iter(node_errors), None), error["type"], message)
+
+
+def raise_failure(messages: Iterable[tuple[str, dict]]) -> None:
+    """Raise the `PromptError` that an execution's status messages tell of, if they tell of one."""
+    for event, data in messages:
+        if event == "execution_error":
+            trace = "".join(data["traceback"])
+            kind, message = data["exception_type"], data["exception_message"]
+            raise PromptError(data["node_id"], kind, message, trace)
+        if event == "execution_interrupted":
+            raise PromptError(data["node_id"], "InterruptProcessingException", "interrupted")
+
+
 def fetch(version: str, cache_dir: Path) -> Path:
     """Return the folder of ComfyUI `version` under `cache_dir`, downloading it the first time.
 
@@ -166,30 +183,10 @@ class Host:
         Raises:
             RuntimeError: this process has booted a ComfyUI before.
         """
-        if "comfy.cli_args" in sys.modules:
-            raise RuntimeError("a ComfyUI is already imported in this process")
         base_dir = Path(base_dir).resolve()
-        order = _lay_out(base_dir, dict(custom_nodes))
-        sys.path.insert(0, str(Path(comfy_dir).resolve()))
-        sys.path.append(str(STANDINS))  # last, so that an installed torchvision wins
-        sys.argv = ["main.py", *([] if gpu else ["--cpu"]), "--base-directory", str(base_dir)]
-        sys.argv += ["--disable-api-nodes"]
-        sys.argv += ["--front-end-root", str(base_dir / "front_end")]
-        sys.argv += ["--database-url", f"sqlite:///{base_dir / 'user' / 'comfyui.db'}", *argv]
-
-        import comfy.options
-
-        comfy.options.enable_args_parsing()
-        main = _import_main(Path(comfy_dir))
-        with _load_order(base_dir / "custom_nodes", order):
-            if accelerators:
-                from . import simulator
-
-                tell_comfy_about(simulator.devices(), main.comfy.model_management)
-                with _multigpu_told(main.nodes, simulator.devices()):
-                    server = _start(main)
-            else:
-                server = _start(main)
+        main, (_, server, _) = start(
+            comfy_dir, base_dir, custom_nodes, accelerators, argv, gpu, worker=False
+        )
         return cls(main, server, base_dir)
 
     def run(self, prompt: Mapping[str, dict]) -> dict:
@@ -206,12 +203,11 @@ class Host:
             self._execution.validate_prompt(prompt_id, prompt, None)
         )
         if not valid:
-            message = f"{error['message']} {error['details']} {json.dumps(node_errors)}"
-            raise PromptError(next(iter(node_errors), None), error["type"], message)
+            raise refusal(error, node_errors)
         queue = self.server.prompt_queue
         queue.put((next(self._numbers), prompt_id, prompt, {}, outputs, {}))
         self._turn()
-        self._raise_failure()
+        raise_failure(self.executor.status_messages)
         return self.executor.history_result["outputs"]
 
     def free(self, unload_models: bool = False, free_memory: bool = False) -> None:
@@ -235,15 +231,45 @@ class Host:
             self.executor = self._execution.PromptExecutor(*args, **kwargs)
         return self.executor
 
-    def _raise_failure(self) -> None:
-        for event, data in self.executor.status_messages:
-            if event == "execution_error":
-                trace = "".join(data["traceback"])
-                kind, message = data["exception_type"], data["exception_message"]
-                raise PromptError(data["node_id"], kind, message, trace)
-            if event == "execution_interrupted":
-                kind = self.mm.InterruptProcessingException.__name__
-                raise PromptError(data["node_id"], kind, "interrupted")
+
+def start(
+    comfy_dir: Path,
+    base_dir: Path,
+    custom_nodes: Mapping[str, Path] | Iterable[tuple[str, Path]] = (),
+    accelerators: bool = True,
+    argv: Iterable[str] = (),
+    gpu: bool = False,
+    worker: bool = True,
+) -> tuple[types.ModuleType, tuple]:
+    """Run ComfyUI's start-up; return its main module and what its `start_comfyui` returned: the
+    event loop, the PromptServer, and a coroutine function that serves over HTTP for ever.
+
+    With `worker`, prompts are executed in a daemon thread of ComfyUI's own; without, by nobody.
+    The other arguments, and the error, are those of `Host.boot`.
+    """
+    if "comfy.cli_args" in sys.modules:
+        raise RuntimeError("a ComfyUI is already imported in this process")
+    base_dir = Path(base_dir).resolve()
+    order = _lay_out(base_dir, dict(custom_nodes))
+    sys.path.insert(0, str(Path(comfy_dir).resolve()))
+    sys.path.append(str(STANDINS))  # last, so that an installed torchvision wins
+    sys.argv = ["main.py", *([] if gpu else ["--cpu"]), "--base-directory", str(base_dir)]
+    sys.argv += ["--disable-api-nodes"]
+    sys.argv += ["--front-end-root", str(base_dir / "front_end")]
+    sys.argv += ["--database-url", f"sqlite:///{base_dir / 'user' / 'comfyui.db'}", *argv]
+
+    import comfy.options
+
+    comfy.options.enable_args_parsing()
+    main = _import_main(Path(comfy_dir))
+    with _load_order(base_dir / "custom_nodes", order):
+        if accelerators:
+            from . import simulator
+
+            tell_comfy_about(simulator.devices(), main.comfy.model_management)
+            with _multigpu_told(main.nodes, simulator.devices()):
+                return main, _start(main, worker)
+        return main, _start(main, worker)
 
 
 class _EndOfTurn(BaseException):
@@ -294,12 +320,13 @@ def _import_main(comfy_dir: Path) -> types.ModuleType:
     return main
 
 
-def _start(main: types.ModuleType):
-    """Run ComfyUI's own start-up, without its worker thread; return the PromptServer."""
+def _start(main: types.ModuleType, worker: bool) -> tuple:
+    """Return what ComfyUI's own start-up returns, its worker thread not started if unwanted."""
+    if worker:
+        return main.start_comfyui()
     idle_thread = mock.Mock(name="the worker is run by Host")
     with mock.patch.object(main, "threading", types.SimpleNamespace(Thread=idle_thread)):
-        _, server, _ = main.start_comfyui()
-    return server
+        return main.start_comfyui()
 
 
 @contextlib.contextmanager

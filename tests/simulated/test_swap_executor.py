@@ -199,11 +199,11 @@ def test_blocks_may_move_between_passes():
     swap.settle()
     for pack, home in zip(swap._packs, HOMES["mixed"], strict=True):
         pack.place(torch.device(home))
-    swap.update()
+    swap.update(2)
     assert equal(run(model), expected())
     for pack in swap._packs:
         pack.place(COMPUTE)
-    swap.update()
+    swap.update(2)
     ledger.clear_copies()
     assert equal(run(model), expected())
     assert swap.slot_bytes == 0

@@ -29,7 +29,7 @@ def exercise():
     model(x)
     swap.settle()
     swap._packs[4].place(torch.device("acc:2"))
-    swap.update()
+    swap.update(2)
     model(x)
     model(x)
     del model, swap

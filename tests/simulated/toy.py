@@ -64,8 +64,8 @@ def swap_of(model, homes, slots=2, lists=("blocks",), drive=True):
     for name in lists:
         indices[name] = list(range(start, start + len(getattr(model, name))))
         start += len(getattr(model, name))
-    swap = BlockSwap(COMPUTE, packs, indices, slots)
-    swap.update()
+    swap = BlockSwap(COMPUTE, packs, indices)
+    swap.update(slots)
     swap.allocate_slots()
     if drive:
         swap.drive(model)
