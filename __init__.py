@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 from .distorch2_patch import LoadingJoin
+from .model_management_mgpu import MemoryJoin
 from .patch_table import Patch, PatchTable
 
 logger = logging.getLogger("MultiGPU")
@@ -23,6 +24,7 @@ __all__ = ["NODE_CLASS_MAPPINGS", "install", "uninstall"]
 DISTORCH2_MODULE = "distorch_2"
 
 _loading = LoadingJoin()
+_memory = MemoryJoin()
 _waiting = PatchTable()
 _installed = False
 
@@ -47,6 +49,7 @@ def uninstall() -> None:
     """Unload what was loaded here and restore every patched attribute to the object it was."""
     global _installed
     _waiting.remove()
+    _memory.uninstall()  # lies on top of the other
     _loading.uninstall()
     _installed = False
 
@@ -55,6 +58,7 @@ def _join(multigpu: ModuleType) -> None:
     global _installed
     if not _installed:
         _loading.install(multigpu)
+        _memory.install(multigpu)
         _installed = True
 
 

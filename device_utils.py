@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
-import logging
+import sys
+from contextlib import nullcontext
 from types import ModuleType
 
 import psutil
 import torch
-
-logger = logging.getLogger("MultiGPU")
-
-CPU = torch.device("cpu")
 
 # Families that register a device module with torch under their own name, and the vendor plug-in
 # that has to be imported before torch knows it.
@@ -72,6 +70,45 @@ def stream_module(device: torch.device) -> ModuleType | None:
     module = _family_module(device.type)
     capable = all(hasattr(module, name) for name in ("Stream", "Event", "stream", "current_stream"))
     return module if capable else None
+
+
+def used_memory(name: str) -> int:
+    """Bytes in use on a device by this machine's processes; 0 where its backend does not tell."""
+    device = torch_device(name)
+    if device.type == "cpu":
+        return psutil.virtual_memory().used
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()
+    module = _family_module(device.type)
+    if hasattr(module, "mem_get_info"):
+        free, total = module.mem_get_info(device)
+        return total - free
+    if hasattr(module, "memory_reserved"):
+        return module.memory_reserved(device)
+    return 0
+
+
+def empty_caches() -> None:
+    """Give back what the allocators of all devices hold without using it."""
+    for name in device_names():
+        device = torch_device(name)
+        module = None if device.type == "cpu" else _family_module(device.type)
+        if not hasattr(module, "empty_cache"):
+            continue
+        # Most backends empty the cache of their current device.
+        with module.device(device) if hasattr(module, "device") else nullcontext():
+            synchronize(device)
+            module.empty_cache()
+            if hasattr(module, "ipc_collect"):
+                module.ipc_collect()
+
+
+def trim_host_heap() -> None:
+    """Return freed heap memory to the system, where the C library (glibc) would keep it."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "malloc_trim"):
+            libc.malloc_trim(0)
 
 
 def synchronize(device: torch.device) -> None:

@@ -20,18 +20,24 @@ TARGETS = [
     ("comfy.model_management", None, "load_models_gpu"),
     ("nodes", None, "load_custom_node"),
 ]
+MANAGEMENT = [
+    ("comfy.model_management", None, "unload_all_models"),
+    ("comfy.model_management", None, "soft_empty_cache"),
+    ("comfy.model_management", None, "get_torch_device"),
+]
 
 
 def attributes(bench):
     """Everything that the plugin patches, as it stands now."""
     found = {}
-    for module, owner, name in TARGETS:
+    for module, owner, name in TARGETS + MANAGEMENT:
         parent = sys.modules[module]
         parent = getattr(parent, owner) if owner else parent
         found[module, owner, name] = vars(parent)[name]
     for name, node in bench.host.nodes.items():
         if "DisTorch" in name:
             found[name] = vars(node)[node.FUNCTION]
+            found[name, "INPUT_TYPES"] = vars(node)["INPUT_TYPES"]
     return found
 
 
@@ -48,7 +54,7 @@ def test_install_twice_then_uninstall_restores_every_object(bench, reference):
     bench.plugin.install()
     patched = attributes(bench)
     changed = {key for key in before if patched[key] is not before[key]}
-    assert changed == {key for key in before if "DisTorch" in str(key)}
+    assert changed == {key for key in before if "DisTorch" in str(key) or key in MANAGEMENT}
     assert torch.equal(bench.sample(loader), expected)
     patched = attributes(bench)
     changed = {key for key in before if patched[key] is not before[key]}
@@ -99,15 +105,20 @@ def test_without_multigpu_the_plugin_says_so_once_and_changes_nothing(bench, tmp
         host = comfy_host.Host.boot(
             source, {str(tmp_path)!r}, [("block_swap", {str(ROOT)!r})], accelerators=False
         )
-        import comfy.model_patcher, nodes, wrapt
-        from comfy.model_management import LoadedModel, load_models_gpu
+        import comfy.model_management, comfy.model_patcher, nodes, wrapt
+        from comfy.model_management import LoadedModel
         patched = [
             value
-            for owner in (vars(comfy.model_patcher.ModelPatcher), vars(LoadedModel), vars(nodes))
+            for owner in (
+                vars(comfy.model_patcher.ModelPatcher),
+                vars(LoadedModel),
+                vars(nodes),
+                vars(comfy.model_management),
+            )
             for value in owner.values()
             if isinstance(value, wrapt.FunctionWrapper)
         ]
-        assert not patched and not isinstance(load_models_gpu, wrapt.FunctionWrapper)
+        assert not patched
         host.custom_module("block_swap").uninstall()
     """
     run = subprocess.run(

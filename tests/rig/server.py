@@ -7,6 +7,7 @@ needs nothing but Python's standard library.
 import json
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -64,8 +65,11 @@ class Server:
             self.process = subprocess.Popen(
                 [*command, "--", *argv], stdout=subprocess.PIPE, stderr=log, text=True
             )
-        # Comes with the announcement, or empty with the end of the process.
+        # The announcement, or nothing where the process ends before it.
+        too_late = threading.Timer(timeout, self.process.kill)
+        too_late.start()
         announcement = self.process.stdout.readline().split()
+        too_late.cancel()
         if announcement[:1] != ["SERVING"]:
             self.close()
             raise self._failure("ComfyUI did not start")

@@ -1,0 +1,527 @@
+"""The joins to ``comfy.model_management``: what "free" ejects, what it keeps, and what keeps it.
+
+Every DisTorch2 load flags its models: eject or keep, as the ``keep_loaded`` switch of the loader
+node says. "Free" ejects the flagged models and leaves the others where they are; ``Retention``
+holds kept models when ComfyUI forgets its node outputs, and hands them back to their loader.
+"""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from types import ModuleType
+
+import psutil
+
+from . import device_utils
+from .allocation_parser import CPU, GIB
+from .distorch2_patch import (
+    META,
+    allocation_text,
+    distorch2_nodes,
+    follow_allocation,
+    is_swapped_here,
+    patchers_of,
+)
+from .patch_table import Patch, PatchTable
+from .swap_executor import pass_device
+
+logger = logging.getLogger("MultiGPU")
+
+# True on an inner model: "free" ejects it. MultiGPU's ``eject_models`` sets it on every model.
+FLAG = "_mgpu_unload_distorch_model"
+# What the user of a DisTorch2 loader chose; only these models carry it.
+KEEP = "_distorch2_keep_loaded"
+
+# Share of RAM in use, in percent, from which node outputs and retained models are let go, and how
+# much more it takes to do so again.
+RAM_THRESHOLD = 85.0
+RAM_HYSTERESIS = 5.0
+
+# Inputs of DisTorch2 loaders that say where a model goes, not which one it is. The advanced
+# checkpoint loader has them twice, with these prefixes.
+PLACEMENT_INPUTS = (
+    "virtual_vram_gb",
+    "donor_device",
+    "use_other_vram",
+    "expert_mode_allocations",
+    "eject_models",
+    "keep_loaded",
+)
+PART_PREFIXES = ("", "unet_", "clip_")
+
+
+# --------------------------------------------------------------------------------------------
+# Flags
+# --------------------------------------------------------------------------------------------
+
+
+def is_distorch2(model) -> bool:
+    """Whether an inner model was loaded by a DisTorch2 loader."""
+    return hasattr(model, KEEP) or hasattr(model, META)
+
+
+def set_keep(model, keep: bool) -> None:
+    """Record what the user chose for an inner model, and flag it so."""
+    setattr(model, KEEP, keep)
+    setattr(model, FLAG, not keep)
+
+
+def is_flagged(model) -> bool:
+    """Whether "free" ejects an inner model."""
+    return bool(getattr(model, FLAG, False)) and not getattr(model, KEEP, False)
+
+
+def _loaded(mm: ModuleType) -> Iterator[tuple[object, object]]:
+    """(LoadedModel, inner model) of every model that ComfyUI holds and somebody still owns."""
+    for loaded in mm.current_loaded_models:
+        if loaded.model is not None:
+            yield loaded, loaded.model.model
+
+
+def _unload(mm: ModuleType, model) -> None:
+    """Take an inner model off every device and out of ComfyUI's list, which stays the same list."""
+    for position in reversed(range(len(mm.current_loaded_models))):
+        loaded = mm.current_loaded_models[position]
+        if loaded.model is not None and loaded.model.model is model:
+            loaded.model_unload()
+            mm.current_loaded_models.pop(position)
+
+
+# --------------------------------------------------------------------------------------------
+# Retention
+# --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FileState:
+    """A file as it was when it was read."""
+
+    path: str
+    size: int  # bytes
+    modified: int  # nanoseconds
+
+    @classmethod
+    def of(cls, path: str) -> FileState:
+        stat = Path(path).stat()
+        return cls(path, stat.st_size, stat.st_mtime_ns)
+
+    def unchanged(self) -> bool:
+        try:
+            return FileState.of(self.path) == self
+        except OSError:
+            return False
+
+
+@dataclass
+class Retained:
+    """The outputs of one loader node, held for the nodes ``owners`` (their ids)."""
+
+    outputs: tuple
+    files: list[FileState]
+    owners: set = field(default_factory=set)
+
+    def models(self) -> list:
+        """The inner models among the outputs."""
+        return [patcher.model for patcher in patchers_of(self.outputs)]
+
+
+class Retention:
+    """Holds the outputs of loader nodes whose user said keep, by loader and model inputs.
+
+    ComfyUI forgets node outputs when memory is freed, and a model that nobody holds is gone.
+    """
+
+    def __init__(self) -> None:
+        self._retained: dict[tuple, Retained] = {}
+
+    def __len__(self) -> int:
+        return len(self._retained)
+
+    def hold(self, key: tuple, retained: Retained) -> None:
+        """Hold the outputs of a loader, for its owners and those that it was held for before."""
+        if key in self._retained:
+            retained.owners |= self._retained[key].owners
+        self._retained[key] = retained
+
+    def find(self, key: tuple, owner) -> Retained | None:
+        """What is held under ``key``, provided that its files are unchanged.
+
+        What else was held for the node ``owner`` alone is let go: its inputs have changed.
+        """
+        for other, retained in list(self._retained.items()):
+            if other != key and owner in retained.owners:
+                retained.owners.discard(owner)
+                if not retained.owners:
+                    self.let_go(other, "its loader has other inputs")
+        retained = self._retained.get(key)
+        if retained is not None and not all(file.unchanged() for file in retained.files):
+            self.let_go(key, "its file has changed")
+            return None
+        return retained
+
+    def let_go(self, key: tuple, reason: str) -> None:
+        """Stop holding one entry, and take its models off their devices."""
+        mm = sys.modules["comfy.model_management"]
+        for model in self._retained.pop(key).models():
+            logger.info(f"[MultiGPU] no longer kept, {reason}: {type(model).__name__}")
+            _unload(mm, model)
+
+    def let_go_all(self, reason: str) -> None:
+        """Stop holding everything."""
+        for key in list(self._retained):
+            self.let_go(key, reason)
+
+    def forget(self, key: tuple) -> None:
+        """Stop holding an entry; its models stay where they are."""
+        self._retained.pop(key, None)
+
+
+@contextmanager
+def _files_read() -> Iterator[list[FileState]]:
+    """Collects the state of every model file that is looked up or read inside."""
+    import comfy.utils
+    import folder_paths
+
+    seen: dict[str, FileState] = {}
+
+    def note(path) -> None:
+        if path is not None and Path(path).is_file():
+            seen.setdefault(str(path), FileState.of(str(path)))
+
+    def full_path(wrapped, instance, args, kwargs):
+        path = wrapped(*args, **kwargs)
+        note(path)
+        return path
+
+    def load_file(wrapped, instance, args, kwargs):
+        note(kwargs["ckpt"] if "ckpt" in kwargs else args[0])
+        return wrapped(*args, **kwargs)
+
+    table = PatchTable()
+    table.apply(
+        [
+            Patch(folder_paths, "get_full_path", full_path),
+            Patch(comfy.utils, "load_torch_file", load_file),
+        ]
+    )
+    files: list[FileState] = []
+    try:
+        yield files
+    finally:
+        table.remove()
+        files.extend(seen.values())
+
+
+def _model_key(node, args: tuple, kwargs: dict) -> tuple:
+    """What tells one model from another: the loader, and its inputs but those of placement."""
+    placement = {prefix + name for prefix in PART_PREFIXES for name in PLACEMENT_INPUTS}
+    inputs = sorted((name, repr(value)) for name, value in kwargs.items() if name not in placement)
+    return (type(node).__name__, repr(args), *inputs)
+
+
+def _executing_node():
+    """The id of the node that ComfyUI is executing, or ``None``."""
+    try:
+        from comfy_execution.utils import get_executing_context
+    except ImportError:
+        return None
+    context = get_executing_context()
+    return None if context is None else context.node_id
+
+
+def stored_allocations(inputs: dict) -> dict[int, str]:
+    """What MultiGPU stores for these loader inputs, by the position of the output it is for.
+
+    Follows the contract of MultiGPU 2.6: ``<expert>#<compute>;<virtual_vram_gb>;<donors>``.
+    """
+    advanced = "unet_compute_device" in inputs
+    prefixes = {0: "unet_", 1: "clip_"} if advanced else {0: ""}
+    return {position: _stored_allocation(inputs, prefix) for position, prefix in prefixes.items()}
+
+
+def _stored_allocation(inputs: dict, prefix: str) -> str:
+    device = inputs.get(prefix + "compute_device") or inputs.get(prefix + "device")
+    expert = inputs.get(prefix + "expert_mode_allocations", "")
+    gigabytes = inputs.get(prefix + "virtual_vram_gb", 0.0)
+    donors = inputs.get(prefix + "donor_device", CPU)
+    if inputs.get("use_other_vram"):
+        others = [name for name in device_utils.device_names() if name not in (CPU, device)]
+        donors = ",".join([*others, CPU])
+    virtual = f"{device};{gigabytes};{donors}" if gigabytes > 0 else device if expert else ""
+    return f"{expert}#{virtual}" if expert or virtual else ""
+
+
+def _place_anew(outputs: tuple, inputs: dict) -> bool:
+    """Give retained outputs the allocations of these inputs; whether that is possible.
+
+    A model that had an allocation and is to have none, or the reverse, has to be loaded anew.
+
+    Raises:
+        AllocationError: a string cannot be followed as written.
+    """
+    texts = stored_allocations(inputs)
+    parts = {n: next(patchers_of(outputs[n : n + 1]), None) for n in texts}
+    parts = {n: patcher for n, patcher in parts.items() if patcher is not None}
+    if any(bool(allocation_text(p.model)) != bool(texts[n]) for n, p in parts.items()):
+        return False
+    for n, patcher in parts.items():
+        if texts[n]:
+            setattr(patcher.model, META, {"full_allocation": texts[n]})
+            if is_swapped_here(patcher):
+                follow_allocation(patcher)
+    return True
+
+
+# --------------------------------------------------------------------------------------------
+# DisTorch2 loader nodes
+# --------------------------------------------------------------------------------------------
+
+
+def with_keep_loaded(wrapped, instance, args, kwargs):
+    """``keep_loaded`` as the last optional input, so that saved widget values keep their places."""
+    inputs = wrapped(*args, **kwargs)
+    tooltip = "Leave this model where it is when memory is freed (Manager's free buttons)."
+    switch = ("BOOLEAN", {"default": False, "tooltip": tooltip})
+    inputs.setdefault("optional", {}).setdefault("keep_loaded", switch)
+    return inputs
+
+
+def _loader(retention: Retention) -> Callable:
+    def load(wrapped, node, args, kwargs):
+        keep = bool(kwargs.get("keep_loaded", False))
+        parameters = inspect.signature(wrapped).parameters
+        if "keep_loaded" not in parameters:
+            kwargs = {name: value for name, value in kwargs.items() if name != "keep_loaded"}
+        defaults = {n: p.default for n, p in parameters.items() if p.default is not p.empty}
+        inputs = {**defaults, **kwargs}
+        key, owner = _model_key(node, args, kwargs), _executing_node()
+        mm = sys.modules["comfy.model_management"]
+
+        retained = retention.find(key, owner)
+        if retained is not None and not _place_anew(retained.outputs, inputs):
+            retention.let_go(key, "its allocation came or went")
+            retained = None
+        if retained is None:
+            with _files_read() as files:
+                retained = Retained(wrapped(*args, **kwargs), files)
+        elif inputs.get("eject_models"):
+            for _, model in _loaded(mm):
+                setattr(model, FLAG, True)
+
+        for patcher in patchers_of(retained.outputs):
+            set_keep(patcher.model, keep)
+        # ``eject_models`` flags every model there is; whose user said keep stays kept.
+        for _, model in _loaded(mm):
+            if getattr(model, KEEP, False):
+                set_keep(model, True)
+        if keep and retained.files:
+            retained.owners.add(owner)
+            retention.hold(key, retained)
+        else:
+            retention.forget(key)
+        return retained.outputs
+
+    return load
+
+
+# --------------------------------------------------------------------------------------------
+# comfy.model_management
+# --------------------------------------------------------------------------------------------
+
+
+def _is_out_of_memory(mm: ModuleType, error: BaseException | None) -> bool:
+    if error is None:
+        return False
+    if hasattr(mm, "is_oom"):
+        return mm.is_oom(error)
+    return isinstance(error, mm.OOM_EXCEPTION)
+
+
+def _unload_all_models(join: MemoryJoin) -> Callable:
+    def unload_all_models(wrapped, instance, args, kwargs):
+        mm = sys.modules["comfy.model_management"]
+        # ComfyUI calls this from the except block of a node that ran out of memory.
+        if _is_out_of_memory(mm, sys.exc_info()[1]) or mm.DISABLE_SMART_MEMORY:
+            join.retention.let_go_all("everything is let go")
+            return wrapped(*args, **kwargs)
+        models = {id(model): (model, loaded.model.model_size()) for loaded, model in _loaded(mm)}
+        if not any(is_distorch2(model) for model, _ in models.values()):
+            return wrapped(*args, **kwargs)
+        flagged = [entry for entry in models.values() if is_flagged(entry[0])]
+        kept = [entry for entry in models.values() if not is_flagged(entry[0])]
+        for model, _ in flagged:
+            _unload(mm, model)
+        logger.info(f"[MultiGPU] free: ejected {_names(flagged)}; kept {_names(kept)}")
+        if flagged:
+            # Node outputs still hold the ejected models, in RAM.
+            request_reset("models were ejected")
+            join.trim_due = True
+            mm.soft_empty_cache()
+        return None
+
+    return unload_all_models
+
+
+def _names(entries: list[tuple[object, int]]) -> str:
+    def why(model) -> str:
+        if is_flagged(model):
+            return ""
+        return ", its user said keep" if is_distorch2(model) else ", not loaded by DisTorch2"
+
+    shown = [f"{type(m).__name__} ({size / GIB:.2f} GiB{why(m)})" for m, size in entries]
+    return ", ".join(shown) or "nothing"
+
+
+def request_reset(reason: str) -> bool:
+    """Have ComfyUI forget its node outputs as soon as it is idle; ``False`` without a server.
+
+    What a "free model and node cache" does, less the unloading of models.
+    """
+    queue = _prompt_queue()
+    if queue is None:
+        return False
+    logger.debug(f"[MultiGPU] executor reset requested: {reason}")
+    queue.set_flag("unload_models", False)
+    queue.set_flag("free_memory", True)
+    return True
+
+
+def _prompt_queue():
+    """ComfyUI's prompt queue, or ``None`` before there is a server."""
+    server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
+    return getattr(server, "prompt_queue", None)
+
+
+class RamWatch:
+    """Tells when RAM runs short: above the threshold, and again only after a change.
+
+    A change is ``RAM_HYSTERESIS`` points more than at the last time, or that much below the
+    threshold in between.
+    """
+
+    def __init__(self) -> None:
+        self._limit = RAM_THRESHOLD
+
+    def is_short(self) -> bool:
+        percent = psutil.virtual_memory().percent
+        if percent < RAM_THRESHOLD - RAM_HYSTERESIS:
+            self._limit = RAM_THRESHOLD
+        if percent <= self._limit:
+            return False
+        self._limit = percent + RAM_HYSTERESIS
+        return True
+
+
+def _soft_empty_cache(join: MemoryJoin, host: Callable) -> Callable:
+    """``host`` is ComfyUI's own function: what MultiGPU put over it is done here."""
+    watch = RamWatch()
+
+    def soft_empty_cache(wrapped, instance, args, kwargs):
+        mm = sys.modules["comfy.model_management"]
+        queue = _prompt_queue()
+        running = queue is not None and bool(queue.currently_running)
+        if not running and watch.is_short():
+            logger.warning(f"[MultiGPU] RAM is above {RAM_THRESHOLD:.0f}%: node outputs are let go")
+            join.retention.let_go_all("RAM is short")
+            request_reset("RAM is short")
+        if any(is_distorch2(model) for _, model in _loaded(mm)):
+            gc.collect()
+            device_utils.empty_caches()
+        else:
+            host(*args, **kwargs)
+        if join.trim_due:
+            device_utils.trim_host_heap()
+            join.trim_due = False
+        if (args and args[0]) or kwargs.get("force", False):
+            request_reset("forced")
+
+    return soft_empty_cache
+
+
+def get_torch_device(wrapped, instance, args, kwargs):
+    """Inside a pass, the device that it runs on, whatever another loader has set since."""
+    return pass_device() or wrapped(*args, **kwargs)
+
+
+# --------------------------------------------------------------------------------------------
+# Helpers
+# --------------------------------------------------------------------------------------------
+
+
+def force_full_system_cleanup(reason: str = "manual", force: bool = True) -> bool:
+    """Ask for what the Manager's "Free model and node cache" does; whether that was possible.
+
+    Without ``force`` nothing is asked for while a prompt is running.
+    """
+    queue = _prompt_queue()
+    if queue is None or (queue.currently_running and not force):
+        return False
+    logger.info(f"[MultiGPU] full cleanup requested: {reason}")
+    queue.set_flag("unload_models", True)
+    queue.set_flag("free_memory", True)
+    return True
+
+
+def comfyui_memory_load(tag: str) -> str:
+    """One line, ``tag=...|cpu=used/total|cuda:0=used/total``, in GiB."""
+    figures = {n: (device_utils.used_memory(n), device_utils.total_memory(n)) for n in _devices()}
+    parts = [
+        f"{name}={used / GIB:.2f}/{total / GIB:.2f}" for name, (used, total) in figures.items()
+    ]
+    return "|".join([f"tag={tag}", *parts])
+
+
+def multigpu_memory_log(identifier: str, tag: str) -> None:
+    """Log the memory in use on the CPU and on every device, in GiB, on one line."""
+    now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+    used = (f"{name}|{device_utils.used_memory(name) / GIB:.2f}" for name in _devices())
+    logger.info(f"[MultiGPU] {now} {identifier}_{tag} {' '.join(used)}")
+
+
+def _devices() -> tuple[str, ...]:
+    return device_utils.device_names()
+
+
+class MemoryJoin:
+    """Installs the patches of this module."""
+
+    def __init__(self) -> None:
+        self._table = PatchTable()
+        self.retention = Retention()
+        self.trim_due = False  # models were ejected since the host's heap was trimmed
+
+    def install(self, multigpu: ModuleType) -> None:
+        """Patch the loader nodes of ``multigpu``, MultiGPU's package, and ComfyUI's management."""
+        import comfy.model_management as mm
+
+        loader = _loader(self.retention)
+        for node in distorch2_nodes(multigpu).values():
+            self._table.apply(
+                [
+                    Patch(node, "INPUT_TYPES", with_keep_loaded),
+                    Patch(node, node.FUNCTION, loader),
+                ]
+            )
+        # MultiGPU's replacement clears all devices too, and fails where there is no server yet.
+        module = sys.modules.get(mm.soft_empty_cache.__module__)
+        host = getattr(module, "original_soft_empty_cache", mm.soft_empty_cache)
+        self._table.apply(
+            [
+                Patch(mm, "unload_all_models", _unload_all_models(self)),
+                Patch(mm, "soft_empty_cache", _soft_empty_cache(self, host)),
+                Patch(mm, "get_torch_device", get_torch_device),
+            ]
+        )
+
+    def uninstall(self) -> None:
+        """Let go of what is retained and restore every patched attribute."""
+        self.retention.let_go_all("the plugin is uninstalled")
+        self._table.remove()

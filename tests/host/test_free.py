@@ -1,0 +1,361 @@
+"""Free, keep, eject in process: flags, retention, the four cases of unload_all_models."""
+
+import gc
+import inspect
+
+import pytest
+import torch
+
+from conftest import COMPUTE
+from rig import simulator
+
+ledger = simulator.ledger
+SPLIT = "acc:0,12mb;acc:1,8mb;cpu,*"
+
+
+@pytest.fixture
+def management(bench):
+    return bench.module("model_management_mgpu")
+
+
+@pytest.fixture
+def retention(bench):
+    retention = bench.plugin._memory.retention
+    retention.let_go_all("a test begins")
+    yield retention
+    retention.let_go_all("a test ends")
+
+
+@pytest.fixture
+def reads(bench, monkeypatch):
+    """Model files that were read, by name."""
+    import comfy.utils
+
+    seen = []
+    load = comfy.utils.load_torch_file
+
+    def note(ckpt, *args, **kwargs):
+        seen.append(str(ckpt).rsplit("/", 1)[-1])
+        return load(ckpt, *args, **kwargs)
+
+    monkeypatch.setattr(comfy.utils, "load_torch_file", note)
+    return seen
+
+
+def free(bench, unload_models=True, free_memory=True):
+    """Free as the buttons do, and let the worker act on what the plugin asks for on top."""
+    bench.host.free(unload_models, free_memory)
+    bench.host.free()
+    gc.collect()
+
+
+def classes(bench):
+    return [type(loaded.model.model).__name__ for loaded in bench.mm.current_loaded_models]
+
+
+def test_every_distorch2_loader_has_the_switch_as_its_last_input(bench):
+    for name, node in bench.host.nodes.items():
+        if "DisTorch" not in name or "GGUF" in name:
+            continue
+        optional = node.INPUT_TYPES()["optional"]
+        assert list(optional)[-1] == "keep_loaded", name
+        assert optional["keep_loaded"][0] == "BOOLEAN"
+        assert optional["keep_loaded"][1]["default"] is False
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_a_load_flags_its_model(bench, retention, keep):
+    bench.sample(bench.distorch(SPLIT, keep_loaded=keep))
+    assert bench.loaded().model._mgpu_unload_distorch_model is not keep
+    assert len(retention) == keep
+
+
+def test_free_ejects_the_flagged_model_from_every_device(bench, reference, retention, reads):
+    expected = reference[2]
+    before = dict(ledger.allocated)
+    bench.sample(bench.distorch(SPLIT), 1)
+    reads.clear()
+    free(bench, free_memory=False)
+    assert bench.mm.current_loaded_models == []
+    assert ledger.allocated == before
+    assert torch.equal(bench.sample(bench.distorch(SPLIT), 2), expected)
+    assert reads == ["wan.safetensors"]
+
+
+def test_free_leaves_a_kept_model_exactly_where_it_was(bench, reference, retention, reads):
+    expected = reference[2]
+    keep = bench.distorch(SPLIT, keep_loaded=True)
+    bench.sample(keep, 1)
+    before, models = dict(ledger.allocated), bench.mm.current_loaded_models
+    model, held = bench.loaded().model, list(models)
+    reads.clear()
+    ledger.clear_copies()
+    free(bench)
+    assert bench.mm.current_loaded_models is models
+    assert [loaded is other for loaded, other in zip(models, held, strict=True)] == [True]
+    assert ledger.allocated["acc:1"] == before["acc:1"]
+    assert 0 <= before[COMPUTE] - ledger.allocated[COMPUTE] < 20_000  # the latent
+    assert torch.equal(bench.sample(keep, 2), expected)
+    assert bench.loaded().model is model
+    assert reads == []
+    split = bench.state().split
+    # Nothing but the swapped blocks of four passes went up.
+    block = split.slot_bytes
+    assert sum(c.nbytes == block for c in ledger.copies) == 4 * len(split.swapped)
+
+
+def test_free_parts_the_kept_from_the_flagged(bench, retention, reads):
+    keep = bench.distorch("acc:0,8mb;cpu,*", keep_loaded=True)
+    bench.sample({"1": keep})
+    kept = bench.loaded().model
+    bench.sample({"2": bench.distorch("acc:0,8mb;cpu,*", unet_name="other.safetensors")})
+    assert len(bench.mm.current_loaded_models) == 2
+    free(bench)
+    assert [loaded.model.model for loaded in bench.mm.current_loaded_models] == [kept]
+
+
+def test_a_model_of_another_loader_is_kept_beside_distorch2_models(bench, retention):
+    bench.sample(bench.plain("other.safetensors"))
+    plain = bench.mm.current_loaded_models[0].model
+    bench.sample(bench.distorch("acc:0,8mb;cpu,*"))
+    bench.host.free(unload_models=True)
+    assert [loaded.model for loaded in bench.mm.current_loaded_models] == [plain]
+
+
+def test_without_distorch2_models_free_is_comfyuis(bench, retention):
+    bench.sample(bench.plain())
+    free(bench)
+    assert bench.mm.current_loaded_models == []
+
+
+def test_eject_models_does_not_override_keep(bench, retention):
+    bench.sample(bench.distorch(SPLIT, keep_loaded=True))
+    kept = bench.loaded().model
+    bench.sample(bench.plain("other.safetensors"))
+    other = bench.mm.current_loaded_models[0].model.model
+    bench.load(bench.distorch(SPLIT, eject_models=True, unet_name="other.safetensors"))
+    assert other._mgpu_unload_distorch_model is True
+    assert kept._mgpu_unload_distorch_model is False
+    free(bench)
+    assert [loaded.model.model for loaded in bench.mm.current_loaded_models] == [kept]
+
+
+def test_a_changed_string_plans_the_kept_model_anew(bench, reference, retention, reads):
+    expected = reference[2]
+    bench.sample(bench.distorch(SPLIT, keep_loaded=True), 1)
+    model = bench.loaded().model
+    reads.clear()
+    changed = bench.distorch("acc:0,8mb;cpu,*", keep_loaded=True)
+    assert torch.equal(bench.sample(changed, 2), expected)
+    assert bench.loaded().model is model
+    assert reads == []
+    assert bench.state().split.homes == ("cpu",) * 8
+    assert ledger.allocated["acc:1"] == 0
+    assert bench.loaded().loaded_size() == bench.state().split.compute_bytes
+    assert len(retention) == 1
+
+
+def test_virtual_vram_inputs_are_stored_as_multigpu_stores_them(bench, management, retention):
+    for inputs in (
+        {"text": SPLIT, "virtual_vram": 0.0},
+        {"text": "", "virtual_vram": 0.005},
+        {"text": SPLIT, "virtual_vram": 2.0, "donor": "acc:1"},
+    ):
+        loader = bench.distorch(**inputs)
+        patcher = bench.load(loader)
+        stored = patcher.model._distorch_v2_meta["full_allocation"]
+        assert management.stored_allocations(loader["inputs"]) == {0: stored}
+
+
+def test_a_switch_turned_off_hands_the_model_back_and_lets_it_go(bench, retention, reads):
+    bench.sample(bench.distorch(SPLIT, keep_loaded=True))
+    reads.clear()
+    bench.sample(bench.distorch(SPLIT, keep_loaded=False), 2)
+    assert reads == []
+    assert len(retention) == 0
+    free(bench)
+    assert bench.mm.current_loaded_models == []
+
+
+def test_a_changed_file_is_read_again(bench, retention, reads):
+    path = bench.host.base_dir / "models" / "diffusion_models" / "wan.safetensors"
+    bench.sample(bench.distorch(SPLIT, keep_loaded=True))
+    model = bench.loaded().model
+    free(bench)
+    reads.clear()
+    path.touch()
+    bench.sample(bench.distorch(SPLIT, keep_loaded=True), 2)
+    assert reads == ["wan.safetensors"]
+    assert bench.loaded().model is not model
+    assert len(bench.mm.current_loaded_models) == 1
+
+
+def test_other_inputs_of_the_same_node_let_the_model_go(bench, retention):
+    bench.sample(bench.distorch("acc:0,8mb;cpu,*", keep_loaded=True))
+    other = bench.distorch("acc:0,8mb;cpu,*", keep_loaded=True, unet_name="other.safetensors")
+    bench.sample(other)
+    gc.collect()
+    assert len(retention) == 1
+    assert len(bench.mm.current_loaded_models) == 1
+
+
+def test_two_nodes_keep_two_models(bench, retention, reads):
+    high = bench.distorch("acc:0,8mb;cpu,*", keep_loaded=True)
+    low = bench.distorch("acc:0,8mb;cpu,*", keep_loaded=True, unet_name="other.safetensors")
+    bench.sample({"1": high})
+    bench.sample({"2": low})
+    assert len(retention) == 2
+    free(bench)
+    reads.clear()
+    bench.sample({"1": high}, 2)
+    bench.sample({"2": low}, 2)
+    assert reads == []
+
+
+def test_a_lora_stack_on_a_kept_model(bench, reference, retention, reads):
+    stack = bench.lora(bench.plain(), 0.7)
+    expected = bench.sample(stack)
+    plain = reference[1]
+    bench.clear()
+    kept = bench.lora(bench.distorch(SPLIT, keep_loaded=True), 0.7)
+    assert torch.equal(bench.sample(kept), expected)
+    for _ in range(2):
+        free(bench)
+        reads.clear()
+        assert torch.equal(bench.sample(kept), expected)
+        assert reads.count("wan.safetensors") == 0
+    assert torch.equal(bench.sample(bench.distorch(SPLIT, keep_loaded=True)), plain)
+
+
+def test_out_of_memory_lets_everything_go(bench, retention):
+    bench.sample(bench.distorch(SPLIT, keep_loaded=True))
+    try:
+        raise torch.OutOfMemoryError("simulated")
+    except torch.OutOfMemoryError:
+        bench.mm.unload_all_models()
+    assert bench.mm.current_loaded_models == []
+    assert len(retention) == 0
+    assert ledger.allocated["acc:1"] == 0
+
+
+def test_without_smart_memory_everything_is_let_go(bench, retention, monkeypatch):
+    bench.sample(bench.distorch(SPLIT, keep_loaded=True))
+    monkeypatch.setattr(bench.mm, "DISABLE_SMART_MEMORY", True)
+    free(bench)
+    assert bench.mm.current_loaded_models == []
+    assert len(retention) == 0
+
+
+def test_short_ram_lets_retained_models_go_with_hysteresis(bench, management, monkeypatch):
+    percent = 50.0
+    usage = type("Usage", (), {"percent": property(lambda self: percent)})()
+    monkeypatch.setattr(management.psutil, "virtual_memory", lambda: usage)
+    watch = management.RamWatch()
+    seen = []
+    for percent in (50, 84, 86, 88, 90, 92, 97, 98, 84, 86, 79, 86):  # noqa: B007
+        seen.append(watch.is_short())
+    expected = [False, False, True, False, False, True, False, True, False, False, False, True]
+    assert seen == expected
+
+
+def test_soft_empty_cache_clears_all_devices_when_distorch2_is_active(bench, monkeypatch):
+    cleared = []
+    empty_cache = type(torch.acc).empty_cache
+
+    def note(module):
+        cleared.append(module.current_device())
+        return empty_cache(module)
+
+    monkeypatch.setattr(type(torch.acc), "empty_cache", note)
+    bench.mm.soft_empty_cache()
+    assert cleared == [0]  # ComfyUI's own
+    bench.sample(bench.distorch(SPLIT))
+    cleared.clear()
+    bench.mm.soft_empty_cache()
+    assert cleared == [0, 1]
+
+
+def test_soft_empty_cache_without_a_server_does_not_fail(bench, monkeypatch):
+    import server
+
+    monkeypatch.delattr(server.PromptServer, "instance")
+    bench.mm.soft_empty_cache(True)
+
+
+def test_force_asks_for_an_executor_reset(bench):
+    queue = bench.host.server.prompt_queue
+    queue.get_flags()
+    bench.mm.soft_empty_cache(True)
+    assert queue.get_flags() == {"unload_models": False, "free_memory": True}
+
+
+def test_inside_a_pass_the_torch_device_is_the_models(bench):
+    bench.sample(bench.distorch(SPLIT))
+    seen = []
+    model = bench.loaded().model.diffusion_model
+    handle = model.blocks[3].register_forward_pre_hook(
+        lambda *_: seen.append(bench.mm.get_torch_device())
+    )
+    multigpu = bench.host.custom_module("ComfyUI-MultiGPU")
+    getattr(multigpu, "set_current_device", lambda device: None)("acc:1")
+    bench.sample(bench.distorch(SPLIT), 2)
+    handle.remove()
+    getattr(multigpu, "set_current_device", lambda device: None)("acc:0")
+    assert set(seen) == {torch.device(COMPUTE)}
+
+
+def test_the_named_helpers(bench, management, caplog):
+    line = management.comfyui_memory_load("here")
+    assert line.startswith("tag=here|cpu=")
+    assert "|acc:0=" in line and "|acc:1=" in line
+    with caplog.at_level("INFO", logger="MultiGPU"):
+        management.logger.addHandler(caplog.handler)
+        management.multigpu_memory_log("test", "start")
+        management.logger.removeHandler(caplog.handler)
+    assert len({r.getMessage() for r in caplog.records}) == 1
+    assert "test_start cpu|" in caplog.text
+    queue = bench.host.server.prompt_queue
+    queue.get_flags()
+    assert management.force_full_system_cleanup("test")
+    assert queue.get_flags() == {"unload_models": True, "free_memory": True}
+
+
+def test_two_experts_switch_without_losing_their_donors_blocks(bench, monkeypatch):
+    """High and low noise in turn on a card with room for one: MultiGPU's issue 155."""
+    loaders = [
+        bench.distorch("acc:0,12mb;acc:1,3mb;cpu,*", unet_name=name)
+        for name in ("wan.safetensors", "other.safetensors")
+    ]
+    patchers = [bench.load(loader) for loader in loaders]
+    with torch.inference_mode():
+        bench.mm.load_models_gpu([patchers[0]])
+        states = [bench.state(patchers[0])]
+        share = states[0].split.compute_bytes
+        donors = states[0].split.bytes_on("acc:1")
+        # Room on the compute device for one share and what ComfyUI wants free, no more.
+        host_free = bench.mm.get_free_memory
+        room = share * 1.5 + bench.mm.minimum_inference_memory()
+
+        def get_free_memory(dev=None, torch_free_too=False):
+            dev = bench.mm.get_torch_device() if dev is None else dev
+            if str(dev) != COMPUTE:
+                return host_free(dev, torch_free_too)
+            left = room - ledger.allocated[COMPUTE]
+            return (left, 0) if torch_free_too else left
+
+        monkeypatch.setattr(bench.mm, "get_free_memory", get_free_memory)
+        ledger.clear_copies()
+        for round in range(4):
+            bench.mm.load_models_gpu([patchers[round % 2]])
+            states = [bench.state(p) for p in patchers if hasattr(p.model, "_distorch2_block_swap")]
+            away = [state for state in states if state is not bench.state(patchers[round % 2])]
+            for state in states:
+                held = sum(p.nbytes for p in state.packs if str(p.device) == "acc:1")
+                assert held == donors
+            assert all(state.compute_bytes() < share for state in away)
+        assert ledger.bytes_moved("acc:1", None) == 0
+
+
+def test_the_signature_of_the_loaders_is_what_multigpu_made_it(bench):
+    node = bench.host.nodes["UNETLoaderDisTorch2MultiGPU"]
+    assert "virtual_vram_gb" in inspect.signature(node.override).parameters
