@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 
@@ -26,7 +27,7 @@ from .allocation_parser import (
     plan_split,
 )
 from .patch_table import Patch, PatchTable
-from .swap_executor import BlockSwap, Pack
+from .swap_executor import BlockSwap, Pack, carries_attributes
 
 logger = logging.getLogger("MultiGPU")
 
@@ -155,6 +156,14 @@ class SwappedModel:
         if allocation != self.split.allocation:
             self.split = self._plan(allocation)
 
+    def all_packs(self) -> list[Pack]:
+        """The packs of the blocks, and that of the non-block weights."""
+        return [*self.packs, self.non_block]
+
+    def packs_by_table(self) -> dict[int, Pack]:
+        """The pack that a module's table of tensors belongs to, by the table's id."""
+        return {id(table): pack for pack in self.all_packs() for table in pack.tables()}
+
     @property
     def loaded(self) -> bool:
         """Whether the model is placed and driven as its split says."""
@@ -163,7 +172,7 @@ class SwappedModel:
     def compute_bytes(self) -> int:
         """Bytes of weights on the compute device now."""
         here = self.swap.compute_device
-        placed = sum(p.nbytes for p in (self.non_block, *self.packs) if p.device == here)
+        placed = sum(p.nbytes for p in self.all_packs() if p.device == here)
         beside = self.split.sizes.non_block_bytes - self.non_block.nbytes if self.loaded else 0
         return placed + beside + self.swap.slot_bytes
 
@@ -212,7 +221,7 @@ class SwappedModel:
         Blocks on other accelerators stay there unless ``donors_too``.
         """
         self.swap.drop_slots()
-        for pack in (self.non_block, *self.packs):
+        for pack in self.all_packs():
             if donors_too or pack.device in (None, self.swap.compute_device):
                 pack.unlock()
                 pack.place(device)
@@ -278,7 +287,7 @@ def _load(patcher, device_to, extra_memory=0, force_patch_weights=False, **_):
             state.load(model, mm.pin_memory, mm.unpin_memory)
             if model.current_weight_patches_uuid is None:
                 patcher.unpatch_hooks()
-                _patch_weights(patcher, device_to)
+                _patch_weights(patcher, state, device_to)
             state.swap.allocate_slots()
         except BaseException:
             patcher.detach()
@@ -291,11 +300,19 @@ def _load(patcher, device_to, extra_memory=0, force_patch_weights=False, **_):
         return model.model_loaded_weight_memory - before
 
 
-def _patch_weights(patcher, device_to) -> None:
-    """Apply the patcher's weight patches in place, computed on the compute device.
+class Backup(NamedTuple):
+    """An entry of ``ModelPatcher.backup``, as ComfyUI makes it."""
 
-    Follows ``ModelPatcher.load`` for a model that is loaded completely, except that weights stay
-    where they are; ``backup`` holds the originals of patched weights and nothing else.
+    weight: torch.Tensor
+    inplace_update: bool
+
+
+def _patch_weights(patcher, state: SwappedModel, device_to) -> None:
+    """Apply the patcher's weight patches, computed on the compute device, where the weights lie.
+
+    Follows ``ModelPatcher.load`` for a model that is loaded completely. A patched weight hangs on
+    its module for a moment and is then absorbed by the pack; ``backup`` holds the originals of
+    patched weights, copied because the pack is about to be written, and nothing else.
     """
     from comfy.model_patcher import (
         key_param_name_to_key,
@@ -303,6 +320,7 @@ def _patch_weights(patcher, device_to) -> None:
         wipe_lowvram_weight,
     )
 
+    packs = state.packs_by_table()
     for entry in patcher._load_list():
         name, module, params = entry[-3:]
         module.comfy_force_cast_weights = patcher.force_cast_weights
@@ -318,7 +336,16 @@ def _patch_weights(patcher, device_to) -> None:
         move_weight_functions(module, device_to)
         for param in params:
             key = key_param_name_to_key(name, param)
-            patcher.patch_weight_to_device(key, device_to=device_to, inplace_update=True)
+            if key not in patcher.patches:
+                continue
+            weight = module._parameters[param]
+            # A GGUF weight is patched by an attribute; its data stays what it is.
+            if key not in patcher.backup and not carries_attributes(weight):
+                original = weight.to(device=patcher.offload_device, copy=True)
+                patcher.backup[key] = Backup(original, inplace_update=False)
+            patcher.patch_weight_to_device(key, device_to=device_to)
+            if id(module._parameters) in packs:
+                packs[id(module._parameters)].absorb()
         module.comfy_patched_weights = True
 
 
@@ -351,10 +378,13 @@ def unpatch_model(wrapped, patcher, args, kwargs):
     if state is None or not unpatch_weights:
         return wrapped(*args, **kwargs)
     state.swap.settle()
+    if device_to is not None:
+        state.unload(device_to, donors_too=not _donors_stay.get())
+    result = wrapped(None, True)  # to name the device would move the donors' blocks too
+    for pack in state.all_packs():
+        pack.absorb()
     if device_to is None:
-        return wrapped(*args, **kwargs)
-    state.unload(device_to, donors_too=not _donors_stay.get())
-    result = wrapped(None, True)  # in place: to name the device would move the donors' blocks too
+        return result
     for module in _beside(model):
         module.to(device_to)
     model.device = device_to

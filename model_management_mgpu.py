@@ -11,6 +11,7 @@ import gc
 import inspect
 import logging
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -361,8 +362,7 @@ def _unload_all_models(join: MemoryJoin) -> Callable:
             _unload(mm, model)
         logger.info(f"[MultiGPU] free: ejected {_names(flagged)}; kept {_names(kept)}")
         if flagged:
-            # Node outputs still hold the ejected models, in RAM.
-            request_reset("models were ejected")
+            _forget_outputs(join)  # they still hold the ejected models, in RAM
             join.trim_due = True
             mm.soft_empty_cache()
         return None
@@ -380,18 +380,28 @@ def _names(entries: list[tuple[object, int]]) -> str:
     return ", ".join(shown) or "nothing"
 
 
-def request_reset(reason: str) -> bool:
-    """Have ComfyUI forget its node outputs as soon as it is idle; ``False`` without a server.
+def note_executor(join: MemoryJoin) -> Callable:
+    """Remembers ComfyUI's executor, which nothing but its worker thread holds."""
 
-    What a "free model and node cache" does, less the unloading of models.
+    def execute(wrapped, executor, args, kwargs):
+        join.executor = weakref.ref(executor)
+        return wrapped(*args, **kwargs)
+
+    return execute
+
+
+def _forget_outputs(join: MemoryJoin) -> None:
+    """Have ComfyUI forget its node outputs: now, or at the end of the prompt that is running.
+
+    Flags that are set on the worker's own thread wake nobody: they would be acted upon at the end
+    of the next prompt and take its outputs with them.
     """
-    queue = _prompt_queue()
-    if queue is None:
-        return False
-    logger.debug(f"[MultiGPU] executor reset requested: {reason}")
-    queue.set_flag("unload_models", False)
-    queue.set_flag("free_memory", True)
-    return True
+    queue, executor = _prompt_queue(), join.executor()
+    if queue is not None and queue.currently_running:
+        queue.set_flag("unload_models", False)
+        queue.set_flag("free_memory", True)
+    elif executor is not None:
+        executor.reset()
 
 
 def _prompt_queue():
@@ -431,7 +441,7 @@ def _soft_empty_cache(join: MemoryJoin, host: Callable) -> Callable:
         if not running and watch.is_short():
             logger.warning(f"[MultiGPU] RAM is above {RAM_THRESHOLD:.0f}%: node outputs are let go")
             join.retention.let_go_all("RAM is short")
-            request_reset("RAM is short")
+            _forget_outputs(join)
         if any(is_distorch2(model) for _, model in _loaded(mm)):
             gc.collect()
             device_utils.empty_caches()
@@ -441,7 +451,7 @@ def _soft_empty_cache(join: MemoryJoin, host: Callable) -> Callable:
             device_utils.trim_host_heap()
             join.trim_due = False
         if (args and args[0]) or kwargs.get("force", False):
-            request_reset("forced")
+            _forget_outputs(join)
 
     return soft_empty_cache
 
@@ -496,6 +506,7 @@ class MemoryJoin:
     def __init__(self) -> None:
         self._table = PatchTable()
         self.retention = Retention()
+        self.executor: Callable = lambda: None  # a weak reference, once a prompt has run
         self.trim_due = False  # models were ejected since the host's heap was trimmed
 
     def install(self, multigpu: ModuleType) -> None:
@@ -518,6 +529,7 @@ class MemoryJoin:
                 Patch(mm, "unload_all_models", _unload_all_models(self)),
                 Patch(mm, "soft_empty_cache", _soft_empty_cache(self, host)),
                 Patch(mm, "get_torch_device", get_torch_device),
+                Patch("execution", "PromptExecutor.execute", note_executor(self)),
             ]
         )
 

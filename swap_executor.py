@@ -46,28 +46,107 @@ def _ordinary_tensors() -> Iterator[None]:
         yield
 
 
-@dataclass(frozen=True, eq=False)
-class _Weight:
-    """One tensor of a module: where it hangs, and where it lies in the pack."""
+@dataclass(frozen=True)
+class _Leaf:
+    """One plain tensor inside a weight, and where it lies in the pack."""
 
-    table: dict[str, torch.Tensor | None]  # the module's _parameters or _buffers
-    name: str
     offset: int  # bytes
     nbytes: int
     dtype: torch.dtype
     shape: torch.Size
-    is_parameter: bool
+
+    def view_of(self, flat: torch.Tensor) -> torch.Tensor:
+        return flat[self.offset : self.offset + self.nbytes].view(self.dtype).view(self.shape)
+
+
+@dataclass(frozen=True, eq=False)
+class _Weight:
+    """One tensor of a module: where it hangs, what it is made of, how to make it again."""
+
+    table: dict[str, torch.Tensor | None]  # the module's _parameters or _buffers
+    name: str
+    leaves: tuple[_Leaf, ...]
+    build: Callable[[Sequence[torch.Tensor]], torch.Tensor]
+    carries_attributes: bool
 
     @classmethod
     def of(cls, table: dict[str, torch.Tensor | None], name: str, offset: int) -> _Weight:
+        """Lay out ``table[name]`` from ``offset`` on, every leaf aligned."""
         tensor = table[name]
-        is_parameter = isinstance(tensor, torch.nn.Parameter)
-        return cls(table, name, offset, tensor.nbytes, tensor.dtype, tensor.shape, is_parameter)
+        leaves = []
+        for leaf in _leaves_of(tensor):
+            leaves.append(_Leaf(offset, leaf.nbytes, leaf.dtype, leaf.shape))
+            offset += -(-leaf.nbytes // ALIGNMENT) * ALIGNMENT
+        return cls(table, name, tuple(leaves), _builder(tensor), carries_attributes(tensor))
+
+    @property
+    def end(self) -> int:
+        """The first aligned offset behind this weight."""
+        return max(-(-(leaf.offset + leaf.nbytes) // ALIGNMENT) for leaf in self.leaves) * ALIGNMENT
 
     def view_of(self, flat: torch.Tensor) -> torch.Tensor:
         """This weight in ``flat``, a buffer laid out like the pack."""
-        data = flat[self.offset : self.offset + self.nbytes].view(self.dtype).view(self.shape)
-        return torch.nn.Parameter(data, requires_grad=False) if self.is_parameter else data
+        return self.build([leaf.view_of(flat) for leaf in self.leaves])
+
+    def write(self, tensor: torch.Tensor, flat: torch.Tensor) -> None:
+        """Copy ``tensor``, of this weight's kind, into ``flat``."""
+        for leaf, source in zip(self.leaves, _leaves_of(tensor), strict=True):
+            leaf.view_of(flat).copy_(source)
+
+    def hang(self, view: torch.Tensor) -> None:
+        """Put ``view`` in the module's table; attributes go with the weight, not with the view."""
+        if self.carries_attributes:
+            vars(view).update(vars(self.table[self.name]))
+        self.table[self.name] = view
+
+
+def _is_wrapper(tensor: torch.Tensor) -> bool:
+    """Whether a tensor wraps others, as ComfyUI's ``QuantizedTensor`` does its data and scales."""
+    return hasattr(type(tensor), "__tensor_flatten__")
+
+
+def carries_attributes(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is plain memory of a class of its own, as ComfyUI-GGUF's ``GGMLTensor``."""
+    plain = (torch.Tensor, torch.nn.Parameter, type(torch.empty(0, device=tensor.device)))
+    return type(tensor) not in plain and not _is_wrapper(tensor)
+
+
+def _leaves_of(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The plain tensors that a tensor consists of."""
+    if _is_wrapper(tensor):
+        return [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+    return [tensor.as_subclass(torch.Tensor)] if carries_attributes(tensor) else [tensor]
+
+
+def _builder(tensor: torch.Tensor) -> Callable[[Sequence[torch.Tensor]], torch.Tensor]:
+    """The function that makes a tensor like ``tensor`` of other leaves."""
+    kind, is_parameter = type(tensor), isinstance(tensor, torch.nn.Parameter)
+
+    def as_parameter(view: torch.Tensor) -> torch.Tensor:
+        return torch.nn.Parameter(view, requires_grad=False) if is_parameter else view
+
+    if _is_wrapper(tensor):
+        names, context = tensor.__tensor_flatten__()
+        size, stride = tensor.size(), tensor.stride()
+
+        def build(leaves):
+            inner = dict(zip(names, leaves, strict=True))
+            return as_parameter(kind.__tensor_unflatten__(inner, context, size, stride))
+
+    elif carries_attributes(tensor):
+        attributes = dict(vars(tensor))  # being a Parameter is one of them
+
+        def build(leaves):
+            view = leaves[0].as_subclass(kind)
+            vars(view).update(attributes)
+            return view
+
+    else:
+
+        def build(leaves):
+            return as_parameter(leaves[0])
+
+    return build
 
 
 class Pack:
@@ -96,11 +175,14 @@ class Pack:
                 for name, tensor in table.items():
                     if tensor is None:
                         continue
-                    if id(tensor) not in offsets:
-                        offsets[id(tensor)] = end
-                        end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-                    weights.append(_Weight.of(table, name, offsets[id(tensor)]))
+                    offset = offsets.setdefault(id(tensor), end)
+                    weights.append(_Weight.of(table, name, offset))
+                    end = max(end, weights[-1].end)
         return cls(weights, end)
+
+    def tables(self) -> Iterator[dict[str, torch.Tensor | None]]:
+        """The modules' tables that hold the weights of this pack."""
+        return (weight.table for weight in self._weights)
 
     @property
     def device(self) -> torch.device | None:
@@ -123,8 +205,8 @@ class Pack:
             else:
                 tensors = [weight.table[weight.name] for weight in self._weights]
                 origins = {tensor.device for tensor in tensors}
-                for view, tensor in zip(views, tensors, strict=True):
-                    view.copy_(tensor)
+                for weight, tensor in zip(self._weights, tensors, strict=True):
+                    weight.write(tensor, flat)
         # From one donor to another, the copy is ordered before no stream that will read it.
         for busy in {device, *origins}:
             synchronize(busy)
@@ -155,16 +237,24 @@ class Pack:
     def views_of(self, flat: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The tensors of the modules as views of ``flat``, a buffer of ``nbytes`` bytes or more."""
         with _ordinary_tensors():
-            tied: dict[tuple, torch.Tensor] = {}
+            tied: dict[tuple[_Leaf, ...], torch.Tensor] = {}
             return tuple(
-                tied.setdefault((weight.offset, weight.dtype, weight.shape), weight.view_of(flat))
-                for weight in self._weights
+                tied.setdefault(weight.leaves, weight.view_of(flat)) for weight in self._weights
             )
 
     def point(self, views: Sequence[torch.Tensor]) -> None:
         """Hang ``views`` on the modules."""
         for weight, view in zip(self._weights, views, strict=True):
-            weight.table[weight.name] = view
+            weight.hang(view)
+
+    def absorb(self) -> None:
+        """Take over what others have hung on the modules instead: its values belong here now."""
+        with _ordinary_tensors():
+            for weight, view in zip(self._weights, self.views, strict=True):
+                tensor = weight.table[weight.name]
+                if tensor is not view:
+                    weight.write(tensor, self.flat)
+                    weight.hang(view)
 
 
 class _Link:

@@ -43,10 +43,9 @@ def reads(bench, monkeypatch):
 
 
 def free(bench, unload_models=True, free_memory=True):
-    """Free as the buttons do, and let the worker act on what the plugin asks for on top."""
+    """Free as the buttons do, in one turn of the worker that leaves nothing for the next."""
     bench.host.free(unload_models, free_memory)
-    bench.host.free()
-    gc.collect()
+    assert bench.host.server.prompt_queue.get_flags(reset=False) == {}
 
 
 def classes(bench):
@@ -282,10 +281,19 @@ def test_soft_empty_cache_without_a_server_does_not_fail(bench, monkeypatch):
     bench.mm.soft_empty_cache(True)
 
 
-def test_force_asks_for_an_executor_reset(bench):
+def test_force_resets_the_executor_now_or_after_the_running_prompt(bench, reads):
     queue = bench.host.server.prompt_queue
-    queue.get_flags()
+    bench.sample(bench.plain())
     bench.mm.soft_empty_cache(True)
+    assert queue.get_flags() == {}
+    reads.clear()
+    bench.sample(bench.plain(), 2)
+    assert reads == ["wan.safetensors"]  # its loader's output was forgotten
+    queue.currently_running[0] = "a prompt"
+    try:
+        bench.mm.soft_empty_cache(True)
+    finally:
+        queue.currently_running.clear()
     assert queue.get_flags() == {"unload_models": False, "free_memory": True}
 
 

@@ -24,6 +24,7 @@ MANAGEMENT = [
     ("comfy.model_management", None, "unload_all_models"),
     ("comfy.model_management", None, "soft_empty_cache"),
     ("comfy.model_management", None, "get_torch_device"),
+    ("execution", "PromptExecutor", "execute"),
 ]
 
 

@@ -1,0 +1,409 @@
+"""Every Wan class of the host, small, swapped: the output of the unswapped model, bit for bit."""
+
+import contextlib
+import importlib
+import inspect
+import logging
+import pkgutil
+import types
+from unittest import mock
+
+import pytest
+import torch
+
+from conftest import CACHE, COMPUTE
+from rig import comfy_host, simulator, wan_classes
+from rig.wan_classes import DIM, HEADS, TEXT, Case, inputs
+
+ledger = simulator.ledger
+SEEDS = (1, 2, 3)
+LARGE = 1 << 20  # a block has 3 MB, all inputs of a small Wan together have less than this
+
+
+def pytest_generate_tests(metafunc):
+    """One test per class and way to call it; a class without any is a test that fails."""
+    if "name" not in metafunc.fixturenames:
+        return
+    source = comfy_host.fetch(metafunc.config.getoption("comfyui"), CACHE)
+    pairs = [
+        (name, case)
+        for name in wan_classes.find(source)
+        for case in wan_classes.CASES.get(name.rpartition(".")[2], {"no inputs for it": None})
+    ]
+    ids = [f"{name.rpartition('.')[2]}-{case}" for name, case in pairs]
+    metafunc.parametrize(("name", "case"), pairs, ids=ids)
+
+
+# What an allocation asks for, given a model: bytes of everything but blocks, of a block, blocks.
+SPLITS = {
+    "half": lambda rest, block, count: f"acc:0,{rest + (count - count // 2 + 1) * block}b;cpu,*",
+    "everything": lambda rest, block, count: "cpu,*",
+    "two donors": lambda rest, block, count: f"acc:0,1b;acc:1,{count // 2 * block}b;cpu,*",
+}
+splits = pytest.mark.parametrize("split", SPLITS)
+
+
+class Inner(torch.nn.Module):
+    """What ComfyUI has around a diffusion model, as far as patchers and this plugin need it."""
+
+    def __init__(self, diffusion_model):
+        super().__init__()
+        self.diffusion_model = diffusion_model
+
+
+class Subject:
+    """A small Wan, loaded, swapped or not."""
+
+    def __init__(self, bench, model, case, allocation=None):
+        import comfy.model_patcher
+
+        self.bench, self.model, self.case = bench, model, case
+        self.inner = Inner(model)
+        if allocation is not None:
+            self.inner._distorch_v2_meta = {"full_allocation": allocation + "#" + COMPUTE}
+        self.patcher = comfy.model_patcher.ModelPatcher(
+            self.inner, torch.device(COMPUTE), torch.device("cpu")
+        )
+
+    def load(self):
+        with torch.inference_mode():
+            self.bench.mm.load_models_gpu([self.patcher])
+        return self
+
+    def run(self, seed=1, **options):
+        """The output of one call with the inputs of a seed, on the CPU."""
+        arguments = self.case.inputs(torch.Generator().manual_seed(seed))
+        with torch.inference_mode():
+            arguments = wan_classes.at(arguments, COMPUTE)
+            arguments["transformer_options"].update(options)
+            return self.case.call(self.model, arguments).cpu()
+
+    @property
+    def state(self):
+        return self.bench.state(self.patcher)
+
+    def moved(self, seed=1, **options):
+        """The output of a call and the sizes of the blocks that travelled during it."""
+        start = len(ledger.copies)
+        out = self.run(seed, **options)
+        copies = [copy for copy in ledger.copies[start:] if copy.nbytes >= LARGE]
+        assert all(copy.destination == COMPUTE for copy in copies)
+        return out, sorted(copy.nbytes for copy in copies)
+
+    def due(self, uses=1):
+        """The sizes of all swapped blocks, each as often as it is used in a call."""
+        split = self.state.split
+        return sorted(split.sizes.blocks[i].nbytes for i in split.swapped for _ in range(uses))
+
+    def assert_at_home(self):
+        """Nothing of the pass is left, and every block lies where the split says."""
+        plugin = self.bench.module("distorch2_patch")
+        lists = plugin.block_lists(self.model)
+        assert not set(lists) & set(vars(self.model))
+        homes = dict(zip((b.name for b in self.state.split.sizes.blocks), self.homes, strict=True))
+        for name, blocks in lists.items():
+            assert isinstance(getattr(self.model, name), torch.nn.ModuleList)
+            for position, block in enumerate(blocks):
+                devices = {str(t.device) for t in (*block.parameters(), *block.buffers())}
+                assert devices == {homes[f"{name}.{position}"]}
+
+    @property
+    def homes(self):
+        return self.state.split.homes
+
+
+def allocation(split, model):
+    """An allocation for `model`, of the kind that `SPLITS` names."""
+    sizes = {
+        id(block): sum(-(-t.nbytes // 256) * 256 for t in block.parameters())
+        for name, child in model.named_children()
+        if name == "blocks" or name == "vace_blocks"
+        for block in child
+    }
+    whole = sum(-(-t.nbytes // 256) * 256 for t in (*model.parameters(), *model.buffers()))
+    return SPLITS[split](whole - sum(sizes.values()), max(sizes.values()), len(sizes))
+
+
+@pytest.fixture(autouse=True)
+def armed(bench, simulated):
+    """The plugin patches ComfyUI when the first DisTorch2 loader runs."""
+    bench.load(bench.distorch("acc:0,8mb;cpu,*"))
+
+
+@pytest.fixture(scope="module")
+def unswapped(bench):
+    """Outputs of models that ComfyUI alone loads to the compute device, by key."""
+    outputs = {}
+
+    def of(key, model, case, **options):
+        if key not in outputs:
+            subject = Subject(bench, model(), case).load()
+            outputs[key] = [subject.run(seed, **options) for seed in SEEDS]
+            assert all(torch.isfinite(out).all() for out in outputs[key])
+            bench.clear()
+            ledger.clear_copies()
+        return outputs[key]
+
+    return of
+
+
+def case_of(name, case):
+    if case not in wan_classes.CASES.get(name.rpartition(".")[2], {}):
+        pytest.fail(f"ComfyUI has a Wan class that the tests have no inputs for: {name}")
+    return wan_classes.load(name), wan_classes.CASES[name.rpartition(".")[2]][case]
+
+
+def check(subject, expected, uses=None, **options):
+    """Run a swapped model: bit-equal, at home, and one copy per use from the second call on."""
+    uses = subject.case.uses if uses is None else uses
+    split = subject.state.split
+    assert len(split.swapped) > split.slots > 0
+    weights = {k: v.cpu().clone() for k, v in subject.model.state_dict().items()}
+    for call, (seed, unswapped) in enumerate(zip(SEEDS, expected, strict=True)):
+        out, moved = subject.moved(seed, **options)
+        assert torch.equal(out, unswapped)
+        subject.assert_at_home()
+        if call:
+            assert moved == subject.due(uses)
+        else:
+            assert moved
+    for key, value in subject.model.state_dict().items():
+        assert torch.equal(value.cpu(), weights[key])
+    simulator.check()
+
+
+# ------------------------------------------------------------------------------ every class
+
+
+def test_every_class_is_found(bench, pytestconfig):
+    """What the sources say is what the host has, and holds whatever ComfyUI builds a model of."""
+    source = comfy_host.fetch(pytestconfig.getoption("comfyui"), CACHE)
+    found = {wan_classes.load(name) for name in wan_classes.find(source)}
+    package = importlib.import_module(wan_classes.PACKAGE)
+    modules = [
+        importlib.import_module(info.name)
+        for info in pkgutil.walk_packages(package.__path__, wan_classes.PACKAGE + ".")
+    ]
+    classes = {
+        cls
+        for module in modules
+        for _, cls in inspect.getmembers(module, inspect.isclass)
+        if cls.__module__.startswith(wan_classes.PACKAGE)
+    }
+    assert {cls for cls in classes if issubclass(cls, tuple(found))} == found
+    # A diffusion model of ComfyUI takes operations and has a forward of a timestep and a context.
+    wanted = {"x", "timestep", "context"}
+    models = {
+        cls
+        for cls in classes
+        if issubclass(cls, torch.nn.Module) and wanted <= set(inspect.signature(cls.forward).parameters)
+    }
+    assert models == found
+
+
+def test_every_block_shows_in_the_output(name, case):
+    cls, case = case_of(name, case)
+    model = wan_classes.build(cls, case)
+
+    def run():
+        with torch.inference_mode():
+            return case.call(model, case.inputs(torch.Generator().manual_seed(1)))
+
+    expected = run()
+    for blocks in (model.blocks, getattr(model, "vace_blocks", ())):
+        for block in blocks:
+            with torch.no_grad():
+                before = block.modulation.clone()
+                block.modulation.add_(0.5)
+                assert not torch.equal(run(), expected)
+                block.modulation.copy_(before)
+    assert torch.equal(run(), expected)
+
+
+@splits
+def test_swapped_is_unswapped(bench, unswapped, name, case, split):
+    cls, way = case_of(name, case)
+    expected = unswapped((name, case), lambda: wan_classes.build(cls, way), way)
+    model = wan_classes.build(cls, way)
+    subject = Subject(bench, model, way, allocation(split, model)).load()
+    names = [block.name for block in subject.state.split.sizes.blocks]
+    lists = {"blocks": model.blocks, "vace_blocks": getattr(model, "vace_blocks", ())}
+    wanted = [f"{key}.{i}" for key, blocks in lists.items() for i in range(len(blocks))]
+    assert sorted(names) == sorted(wanted)
+    swapped = [names[i] for i in subject.state.split.swapped]
+    if split != "half":
+        assert len(swapped) == len(names)
+    for key, blocks in lists.items():
+        share = sum(other.startswith(key + ".") for other in swapped)
+        if len(blocks):
+            assert 0 < share <= len(blocks)
+    check(subject, expected)
+
+
+# ------------------------------------------------------------------------- what loops may do
+
+
+def looping(loop):
+    """A Wan class whose forward does `loop(model, run, x)` with its blocks; `run` runs one."""
+    from comfy.ldm.wan import model as wan
+
+    class Block(wan.WanAttentionBlock):
+        def forward_pose(self, x, **arguments):
+            return self(x, **arguments) * 0.5 + self.norm2(x)
+
+    class Looping(wan.WanModel):
+        def __init__(self, **arguments):
+            super().__init__(wan_attn_block_class=Block, **arguments)
+
+        def forward_orig(self, x, t, context, freqs=None, transformer_options={}, **_):
+            x = self.patch_embedding(x)
+            grid = x.shape[2:]
+            x = x.flatten(2).transpose(1, 2)
+            e = self.time_embedding(wan.sinusoidal_embedding_1d(self.freq_dim, t).to(x.dtype))
+            e0 = self.time_projection(e).unflatten(1, (6, self.dim))
+            given = {"e": e0, "freqs": freqs, "context": self.text_embedding(context)}
+            x = self.loop(lambda block, x: block(x, **given), x, given)
+            return self.unpatchify(self.head(x, e), grid)
+
+    Looping.loop = loop
+    return Looping
+
+
+def _plain(self, run, x, _):
+    for block in self.blocks:
+        x = run(block, x)
+    return x
+
+
+def _skips(self, run, x, _):
+    for i, block in enumerate(self.blocks):
+        if i in (1, 4):
+            continue
+        x = run(block, x)
+    return x
+
+
+def _stops(self, run, x, _):
+    for i, block in enumerate(self.blocks):
+        if i == 4:
+            break
+        x = run(block, x)
+    return x
+
+
+def _twice(self, run, x, _):
+    for _ in range(2):
+        for block in self.blocks:
+            x = run(block, x)
+    return x
+
+
+def _each_twice(self, run, x, _):
+    for block in self.blocks:
+        x = run(block, run(block, x))
+    return x
+
+
+def _each_taken_twice(self, run, x, _):
+    for i in range(len(self.blocks)):
+        for _ in range(2):
+            x = run(self.blocks[i], x)
+    return x
+
+
+def _other_methods(self, run, x, given):
+    for block in self.blocks:
+        x = block.forward_pose(x, **given)
+        x = x + block.ffn(block.norm2(x))
+    return x
+
+
+def _pose_then_all(self, run, x, given):
+    pose = x
+    for block in self.blocks[:4]:
+        pose = block.forward_pose(pose, **given)
+    for block in self.blocks:
+        x = run(block, x + 0.1 * pose)
+    return x
+
+
+def _by_index(self, run, x, _):
+    for i in range(len(self.blocks)):
+        x = run(self.blocks[i], x)
+    return x
+
+
+def _backwards(self, run, x, _):
+    for block in reversed(self.blocks):
+        x = run(block, x)
+    return run(self.blocks[-1], x)
+
+
+def _by_slices(self, run, x, _):
+    for part in (self.blocks[::2], self.blocks[1::2]):
+        for block in part:
+            x = run(block, x)
+    return x
+
+
+def _looks_ahead(self, run, x, _):
+    dtype, device = self.blocks[0].modulation.dtype, self.blocks[-1].ffn[0].weight.device
+    for block in self.blocks:
+        x = run(block, x.to(device, dtype))
+    return x
+
+
+def _in_pairs(self, run, x, _):
+    for one, other in zip(self.blocks[::2], self.blocks[1::2], strict=True):
+        x = run(one, x) + run(other, x)
+    return x
+
+
+def _all_at_once(self, run, x, _):
+    blocks = list(self.blocks)
+    for block in blocks:
+        x = run(block, x)
+    return x
+
+
+def _in_sequential(self, run, x, _):
+    for name, block in self.blocks.named_children():
+        x = run(block, x)
+    return x
+
+
+# The loop, and how often each of six blocks travels in a call when all are swapped.
+LOOPS = {
+    "plain": (_plain, [1] * 6),
+    "by index": (_by_index, [1] * 6),
+    "by slices": (_by_slices, [1] * 6),
+    "skips": (_skips, [1, 0, 1, 1, 0, 1]),
+    "stops": (_stops, [1, 1, 1, 1, 0, 0]),
+    "twice": (_twice, [2] * 6),
+    "each twice": (_each_twice, [1] * 6),
+    "each taken twice": (_each_taken_twice, [1] * 6),
+    "other methods": (_other_methods, [1] * 6),
+    "pose, then all": (_pose_then_all, [2, 2, 2, 2, 1, 1]),
+    "backwards": (_backwards, [1, 1, 1, 1, 1, 2]),
+    "looks ahead": (_looks_ahead, [1] * 6),
+    "in pairs": (_in_pairs, [1] * 6),
+    "all at once": (_all_at_once, [1] * 6),
+    "named_children": (_in_sequential, [1] * 6),
+}
+
+
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_loop_of_any_kind(bench, unswapped, loop):
+    function, times = LOOPS[loop]
+    case = Case(inputs())
+    expected = unswapped(loop, lambda: wan_classes.build(looping(function), case), case)
+    model = wan_classes.build(looping(function), case)
+    subject = Subject(bench, model, case, allocation("everything", model)).load()
+    moves = []
+    for seed, out in zip(SEEDS, expected, strict=True):
+        got, moved = subject.moved(seed)
+        assert torch.equal(got, out)
+        subject.assert_at_home()
+        moves.append(len(moved))
+    simulator.check()
+    assert moves[1:] == [sum(times)] * 2
