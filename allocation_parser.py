@@ -53,8 +53,8 @@ class Entry:
     """One ``device,amount`` of an allocation string.
 
     ``amount`` is in the unit of the allocation's mode: bytes, percent, or a fraction of the
-    device's memory; ``None`` where nothing but ``*`` was written. A ``wildcard`` takes its amount
-    in its turn, and at the end whatever is left.
+    device's memory; ``None`` where ``*`` was written. A ``wildcard`` takes whatever is left; one
+    with an amount, the CPU where no ``*`` was written, takes that in its turn first.
     """
 
     device: str
@@ -91,7 +91,17 @@ class Allocation:
 
         ``device_memory`` maps device names to their total memory in bytes; it is read in fraction
         and virtual VRAM mode only. A compute device that the string does not name has no quota.
+
+        Raises:
+            AllocationError: the memory of a device is needed, and its backend does not tell it.
         """
+        if self.mode in (Mode.FRACTION, Mode.VIRTUAL_VRAM):
+            for entry in self.entries:
+                if not entry.wildcard and not device_memory[entry.device]:
+                    raise AllocationError(
+                        f"Allocation {_quote(self.source)}: how much memory {entry.device} has is "
+                        f"not known here. Give bytes or a ratio. {GRAMMAR}"
+                    )
         if self.mode is Mode.VIRTUAL_VRAM:
             compute = Quota(self.compute_device, max(0, model_bytes - self.virtual_vram))
             donors = (
@@ -321,7 +331,7 @@ class _Reader:
             mixed = " and ".join(f"{where} is {mode.value}" for mode, where in modes.items())
             raise self.error(f"the amounts are mixed, {mixed}")
         mode = next(iter(modes), Mode.BYTES)
-        if mode is Mode.RATIO and not any(entry.wildcard for entry in entries):
+        if mode is Mode.RATIO and len(entries) > 1 and not any(e.wildcard for e in entries):
             entries = self.normalised(entries)
         return mode, entries
 
@@ -334,9 +344,9 @@ class _Reader:
 
     def amount(self, value: str, where: str) -> tuple[Fraction | None, Mode | None]:
         """An amount and the mode it speaks for; a bare 0 is nothing in every mode."""
-        if value.endswith("*"):
-            if value != "*":
-                self.amount(value[:-1].strip(), where)
+        if value == "*":
+            return None, None
+        if value.endswith("*") and _AMOUNT.fullmatch(value[:-1].strip()):
             return None, None
         match = _AMOUNT.fullmatch(value)
         if not match:
@@ -410,11 +420,12 @@ def plan_split(
         return Split(allocation, sizes, quotas, (CPU,) * len(sizes.blocks), slots=0)
     room = _Room.of(allocation, quotas)
     swapped, slots = _choose_swapped(sizes, room)
-    slots = min(slots, len(swapped))
     homes = _choose_donors(sizes, swapped, [q for q in quotas if q.device != compute])
+    _fill_owed(sizes, homes, slots, room)
+    slots = min(slots, len(homes))
     homes_by_index = tuple(homes.get(i, compute) for i in range(len(sizes.blocks)))
     split = Split(allocation, sizes, quotas, homes_by_index, slots)
-    notes = (*_floor_note(split, room), *_overflow_note(split))
+    notes = (*_floor_note(split, room), *_overflow_note(split), *_memory_note(split, device_memory))
     return Split(allocation, sizes, quotas, homes_by_index, slots, notes)
 
 
@@ -423,13 +434,13 @@ class _Room:
     """What bounds the choice of swapped blocks.
 
     ``compute_bytes``: the compute device's quota, ``None`` without limit. ``firm``: whether the
-    user wrote that number. ``owed``: byte quotas of the donors that are filled before the compute
-    device gets anything.
+    user wrote that number. ``owed``: the donors that are filled before the compute device gets
+    anything.
     """
 
     compute_bytes: int | None
     firm: bool
-    owed: tuple[int, ...]
+    owed: tuple[Quota, ...]
 
     @classmethod
     def of(cls, allocation: Allocation, quotas: Sequence[Quota]) -> _Room:
@@ -440,11 +451,7 @@ class _Room:
         quota = quotas[position]
         # A wildcard is served last, wherever it is written.
         before = quotas if quota.wildcard else quotas[:position]
-        owed = tuple(
-            other.nbytes
-            for other in before
-            if other.device != quota.device and other.nbytes is not None
-        )
+        owed = tuple(q for q in before if q.device != quota.device and q.nbytes is not None)
         limit = None if quota.wildcard else quota.nbytes
         return cls(limit, firm=allocation.mode is not Mode.VIRTUAL_VRAM, owed=owed)
 
@@ -457,18 +464,20 @@ def _choose_swapped(sizes: ModelSizes, room: _Room) -> tuple[tuple[int, ...], in
 
     With swapped blocks evenly spread, a step costs max(compute, transfer) exactly if block j can
     be placed in a window of (slots - 1) * L / N - 1 blocks: two slots give every window an integer
-    while at most half of the L blocks (or all of them) are swapped, three slots always do.
+    while at most half of the L blocks (or all of them) are swapped, three slots always do. Every
+    block that the forward holds beside the one that its loop is at takes one slot more.
     """
     everything = tuple(range(len(sizes.blocks)))
     owed = _count_owed(sizes, room.owed)
+    two, three = sizes.min_slots + 1, sizes.min_slots + 2
     if owed == 0 and room.holds(sizes.total_bytes):
-        return (), 0
-    two = max(2, sizes.min_slots)
+        return (), two
     swapped = _fewest_swapped(sizes, room, two, owed)
     if swapped is not None:
         if len(everything) < 2 * len(swapped) < 2 * len(everything):
-            three = max(3, sizes.min_slots)
-            return _fewest_swapped(sizes, room, three, owed) or swapped, three
+            more = _fewest_swapped(sizes, room, three, owed)
+            if more is not None:
+                return more, three
         return swapped, two
     swapped = _fewest_swapped(sizes, room, sizes.min_slots, owed)
     if swapped is not None:
@@ -510,11 +519,11 @@ def spread(number: int, count: int) -> tuple[int, ...]:
     return tuple(-(-(j + 1) * count // number) - 1 for j in range(number))
 
 
-def _count_owed(sizes: ModelSizes, owed: tuple[int, ...]) -> int:
-    """How many evenly spread blocks fit in the byte quotas ``owed``, filled one after another."""
+def _count_owed(sizes: ModelSizes, owed: tuple[Quota, ...]) -> int:
+    """How many evenly spread blocks fit in the quotas ``owed``, filled one after another."""
     count = len(sizes.blocks)
     for number in range(count, 0, -1):
-        left = list(owed)
+        left = [quota.nbytes or 0 for quota in owed]
         for index in spread(number, count):
             nbytes = sizes.blocks[index].nbytes
             fitting = next((k for k, room in enumerate(left) if room >= nbytes), None)
@@ -548,18 +557,34 @@ def _choose_donors(
         home = min(candidates, key=lambda d: Fraction(used[d] + nbytes, shares[d] or 1))
         homes[index] = home
         used[home] += nbytes
-    # Rounding to whole blocks may leave room on a donor that comes first: fill it.
+    # Rounding to whole blocks may leave room on a donor that comes first: fill it, from what comes
+    # later or has found no donor yet.
     wildcards = {device for device, limit in limits.items() if limit is None}
     named = [device for device in shares if device not in wildcards]
     for position, device in enumerate(named):
         later = wildcards.union(named[position + 1 :])
-        for index, home in homes.items():
-            nbytes = sizes.blocks[index].nbytes
-            if home in later and fits(device, nbytes):
+        for index in swapped:
+            nbytes, home = sizes.blocks[index].nbytes, homes.get(index)
+            if (home is None or home in later) and fits(device, nbytes):
                 homes[index] = device
                 used[device] += nbytes
-                used[home] -= nbytes
+                if home is not None:
+                    used[home] -= nbytes
     return homes
+
+
+def _fill_owed(sizes: ModelSizes, homes: dict[int, str], slots: int, room: _Room) -> None:
+    """Blocks of different sizes can leave room on donors that come before the compute device."""
+    for quota in room.owed:
+        placed = (sizes.blocks[i].nbytes for i, home in homes.items() if home == quota.device)
+        left = (quota.nbytes or 0) - sum(placed)
+        for index, block in enumerate(sizes.blocks):
+            more = (*homes, index)
+            if index in homes or block.nbytes > left:
+                continue
+            if room.holds(_compute_bytes(sizes, more, slots)):
+                homes[index] = quota.device
+                left -= block.nbytes
 
 
 def _donor_shares(sizes: Sequence[int], donors: Sequence[Quota]) -> dict[str, int]:
@@ -586,13 +611,22 @@ def _floor_note(split: Split, room: _Room) -> tuple[str, ...]:
     return (f"{note}the model runs with {needed} of non-block weights and slots",)
 
 
+def _memory_note(split: Split, device_memory: Mapping[str, int]) -> tuple[str, ...]:
+    """Warnings where more weights are placed than a device has memory."""
+    return tuple(
+        f"warning: {device} has {format_bytes(device_memory[device])} of memory in all"
+        for device in split.devices()
+        if split.bytes_on(device) > device_memory.get(device, split.bytes_on(device)) > 0
+    )
+
+
 def _overflow_note(split: Split) -> tuple[str, ...]:
     """In fraction mode, a warning where the CPU holds more than was written for it."""
     if split.allocation.mode is not Mode.FRACTION or split.compute_device == CPU:
         return ()
     cpu = next((entry for entry in split.allocation.entries if entry.device == CPU), None)
     quota = next((quota for quota in split.quotas if quota.device == CPU), None)
-    if cpu is None or quota is None or not cpu.wildcard:
+    if cpu is None or quota is None or not cpu.wildcard or "*" in split.allocation.source:
         return ()
     written = quota.nbytes or 0
     if split.bytes_on(CPU) <= written:

@@ -13,7 +13,7 @@ import torch
 
 from conftest import CACHE, COMPUTE
 from rig import comfy_host, simulator, wan_classes
-from rig.wan_classes import DIM, HEADS, TEXT, Case, inputs
+from rig.wan_classes import DIM, Case, inputs
 
 ledger = simulator.ledger
 SEEDS = (1, 2, 3)
@@ -124,8 +124,8 @@ def allocation(split, model):
     return SPLITS[split](whole - sum(sizes.values()), max(sizes.values()), len(sizes))
 
 
-@pytest.fixture(autouse=True)
-def armed(bench, simulated):
+@pytest.fixture(scope="module", autouse=True)
+def armed(bench):
     """The plugin patches ComfyUI when the first DisTorch2 loader runs."""
     bench.load(bench.distorch("acc:0,8mb;cpu,*"))
 
@@ -359,42 +359,32 @@ def _in_pairs(self, run, x, _):
     return x
 
 
-def _all_at_once(self, run, x, _):
-    blocks = list(self.blocks)
-    for block in blocks:
-        x = run(block, x)
-    return x
-
-
-def _in_sequential(self, run, x, _):
-    for name, block in self.blocks.named_children():
-        x = run(block, x)
-    return x
-
-
-# The loop, and how often each of six blocks travels in a call when all are swapped.
+# The loop, and how many blocks travel in a call when all six are swapped through two slots.
 LOOPS = {
-    "plain": (_plain, [1] * 6),
-    "by index": (_by_index, [1] * 6),
-    "by slices": (_by_slices, [1] * 6),
-    "skips": (_skips, [1, 0, 1, 1, 0, 1]),
-    "stops": (_stops, [1, 1, 1, 1, 0, 0]),
-    "twice": (_twice, [2] * 6),
-    "each twice": (_each_twice, [1] * 6),
-    "each taken twice": (_each_taken_twice, [1] * 6),
-    "other methods": (_other_methods, [1] * 6),
-    "pose, then all": (_pose_then_all, [2, 2, 2, 2, 1, 1]),
-    "backwards": (_backwards, [1, 1, 1, 1, 1, 2]),
-    "looks ahead": (_looks_ahead, [1] * 6),
-    "in pairs": (_in_pairs, [1] * 6),
-    "all at once": (_all_at_once, [1] * 6),
-    "named_children": (_in_sequential, [1] * 6),
+    "plain": (_plain, 6),
+    "by index": (_by_index, 6),
+    "by slices": (_by_slices, 6),
+    # The loop takes them before it skips them.
+    "skips": (_skips, 6),
+    # Block 4 is taken before the loop ends, block 5 is brought in vain.
+    "stops": (_stops, 6),
+    "twice": (_twice, 12),
+    "each twice": (_each_twice, 6),
+    "each taken twice": (_each_taken_twice, 6),
+    "other methods": (_other_methods, 6),
+    # 0, 1, 2, 3, then all: what is taken again at once does not travel again.
+    "pose, then all": (_pose_then_all, 10),
+    # The last one of a call is the first one of the next.
+    "backwards": (_backwards, 6),
+    # The last block stays in its slot from the look at it to its turn.
+    "looks ahead": (_looks_ahead, 5),
+    "in pairs": (_in_pairs, 6),
 }
 
 
 @pytest.mark.parametrize("loop", LOOPS)
 def test_a_loop_of_any_kind(bench, unswapped, loop):
-    function, times = LOOPS[loop]
+    function, travels = LOOPS[loop]
     case = Case(inputs())
     expected = unswapped(loop, lambda: wan_classes.build(looping(function), case), case)
     model = wan_classes.build(looping(function), case)
@@ -406,4 +396,317 @@ def test_a_loop_of_any_kind(bench, unswapped, loop):
         subject.assert_at_home()
         moves.append(len(moved))
     simulator.check()
-    assert moves[1:] == [sum(times)] * 2
+    assert moves[1:] == [travels] * 2
+
+
+def test_a_loop_that_keeps_blocks_past_their_turn_fails_and_leaves_everything_at_home(bench):
+    kept = []
+
+    def keeps(self, run, x, _):
+        for block in kept or self.blocks:
+            x = run(block, x)
+        return x
+
+    case = Case(inputs())
+    model = wan_classes.build(looping(keeps), case)
+    subject = Subject(bench, model, case, allocation("everything", model)).load()
+    expected = subject.run()
+    kept[:] = model.blocks
+    with pytest.raises(RuntimeError, match="same device"):
+        subject.run()
+    subject.assert_at_home()
+    kept.clear()
+    assert torch.equal(subject.run(), expected)
+
+
+# -------------------------------------------------------------------- what nodes do to a Wan
+
+
+def small(seed=0, cls="WanModel", **arguments):
+    """A text-to-video Wan, and how it is called."""
+    case = Case(inputs(), arguments)
+    return wan_classes.build(wan_classes.load(f"model.{cls}"), case, seed), case
+
+
+def pair(bench, unswapped, **options):
+    """A swapped text-to-video Wan and what it would give unswapped, with transformer options."""
+    model, case = small()
+    key = ("small", tuple(options))
+    expected = unswapped(key, lambda: small()[0], case, **options)
+    return Subject(bench, model, case, allocation("everything", model)).load(), expected
+
+
+def _calls_it(arguments, original):
+    return {"img": original["original_block"](arguments)["img"] * 0.9}
+
+
+def _calls_it_twice(arguments, original):
+    once = original["original_block"](arguments)["img"]
+    return original["original_block"]({**arguments, "img": once})
+
+
+def _leaves_it_out(arguments, original):
+    return {"img": arguments["img"]}
+
+
+def test_a_replaced_block_call(bench, unswapped):
+    replaced = {
+        ("double_block", 0): _calls_it,
+        ("double_block", 2): _calls_it_twice,
+        ("double_block", 3): _leaves_it_out,
+        ("double_block", 5): _calls_it,
+    }
+    options = {"patches_replace": {"dit": replaced}}
+    subject, expected = pair(bench, unswapped, **options)
+    assert not torch.equal(expected[0], pair(bench, unswapped)[1][0])
+    check(subject, expected, **options)
+
+
+def test_attention_patches(bench, unswapped):
+    def patch(arguments):
+        return arguments["x"] * 1.1
+
+    options = {"patches": {"attn1_patch": [patch], "attn2_patch": [patch]}}
+    subject, expected = pair(bench, unswapped, **options)
+    assert not torch.equal(expected[0], pair(bench, unswapped)[1][0])
+    check(subject, expected, **options)
+
+
+def test_multitalk_runs_blocks_of_its_own_beside_the_swapped_ones(bench):
+    """InfiniteTalk and MultiTalk: a second model with a list `blocks`, read by a patch."""
+    import comfy.ops
+    from comfy.ldm.wan import model_multitalk
+
+    width = 640  # the audio attention has 40 heads
+    arguments = {"dim": width, "num_heads": 5, "num_layers": 4}
+    audio = torch.nn.Module()
+    audio.blocks = torch.nn.ModuleList(
+        model_multitalk.WanMultiTalkAttentionBlock(
+            width, 32, operations=comfy.ops.disable_weight_init
+        )
+        for _ in range(4)
+    )
+    wan_classes.randomise(audio, seed=5)
+    outputs = []
+    for text in (None, "cpu,*", "acc:0,50mb;cpu,*"):
+        model, case = small(**arguments)
+        subject = Subject(bench, model, case, text)
+        other = type(subject.patcher)(audio, torch.device(COMPUTE), torch.device("cpu"))
+        with torch.inference_mode():
+            bench.mm.load_models_gpu([other, subject.patcher])
+        patches = {"attn2_patch": [model_multitalk.MultiTalkCrossAttnPatch(other)]}
+        embeds = torch.randn((1, 2, 6, 32), generator=torch.Generator().manual_seed(3))
+        options = {"patches": patches, "audio_embeds": embeds.to(COMPUTE)}
+        outputs.append([subject.run(seed, **options) for seed in SEEDS])
+        assert not torch.equal(outputs[-1][0], subject.run())
+        assert {t.device for t in audio.parameters()} == {torch.device(COMPUTE)}
+        if text:
+            assert len(subject.state.split.swapped) > 2
+            subject.assert_at_home()
+            start = len(outputs[-1])
+            assert start == len(SEEDS)
+            assert subject.moved(1, **options)[1] == subject.due()
+        bench.clear()
+    for swapped in outputs[1:]:
+        for one, expected in zip(swapped, outputs[0], strict=True):
+            assert torch.equal(one, expected)
+
+
+def _teacache(model):
+    """A forward_orig that skips the blocks on every other call, as TeaCache does."""
+    calls = []
+
+    def forward_orig(self, x, t, context, freqs=None, transformer_options={}, **_):
+        from comfy.ldm.wan import model as wan
+
+        x = self.patch_embedding(x)
+        grid = x.shape[2:]
+        x = x.flatten(2).transpose(1, 2)
+        e = self.time_embedding(wan.sinusoidal_embedding_1d(self.freq_dim, t).to(x.dtype))
+        e0 = self.time_projection(e).unflatten(1, (6, self.dim))
+        context = self.text_embedding(context)
+        calls.append(len(calls))
+        if len(calls) % 2 == 0:
+            x = x + self.residual
+        else:
+            before = x
+            for block in self.blocks:
+                x = block(x, e=e0, freqs=freqs, context=context)
+            self.residual = x - before
+        return self.unpatchify(self.head(x, e), grid)
+
+    return types.MethodType(forward_orig, model), calls
+
+
+@pytest.mark.parametrize("when", ["before the load", "after the load"])
+def test_forward_orig_set_on_the_instance(bench, when):
+    outputs = []
+    for text in (None, "cpu,*"):
+        model, case = small()
+        subject = Subject(bench, model, case, text)
+        if when == "after the load":
+            subject.load()
+        model.forward_orig, calls = _teacache(model)
+        subject.load()
+        outputs.append([subject.run(seed) for seed in (1, 2, 3, 4)])
+        assert len(calls) == 4
+        if text:
+            subject.assert_at_home()
+            assert subject.moved(5)[1] == subject.due()  # with its blocks
+            assert subject.moved(6)[1] == []  # without
+        bench.clear()
+    for one, other in zip(*outputs, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_forward_orig_replaced_for_one_call_and_put_back(bench, unswapped):
+    """TeaCache for Wan does so with `mock.patch.multiple` around every call."""
+    subject, expected = pair(bench, unswapped)
+    for seed, out in zip(SEEDS, expected, strict=True):
+        replacement, calls = _teacache(subject.model)
+        with mock.patch.multiple(subject.model, forward_orig=replacement):
+            subject.run(seed)
+        assert calls == [0]
+        assert torch.equal(subject.run(seed), out)
+        subject.assert_at_home()
+
+
+def test_forward_orig_set_while_loaded_outlives_the_unloading(bench):
+    model, case = small()
+    subject = Subject(bench, model, case, "cpu,*").load()
+    model.forward_orig, calls = _teacache(model)
+    expected = subject.run()
+    for _ in range(2):
+        bench.clear()
+        assert "forward_orig" in vars(model)
+        subject.load()
+        calls.clear()
+        assert torch.equal(subject.run(), expected)
+        assert calls == [0]
+
+
+def test_what_was_set_before_the_load_is_there_after_the_unloading(bench):
+    model, case = small()
+    model.forward_orig, _ = _teacache(model)
+    before = dict(vars(model))
+    subject = Subject(bench, model, case, "cpu,*").load()
+    subject.run()
+    bench.clear()
+    assert vars(model).keys() - before.keys() <= {"residual"}
+    assert vars(model)["forward_orig"] is before["forward_orig"]
+
+
+def test_two_experts_in_turn(bench, unswapped):
+    """Wan 2.2: two models, loaded together or in turn, each with a split of its own."""
+    (high, case), (low, _) = small(1), small(2)
+    expected = [
+        unswapped(seed, lambda seed=seed: small(seed)[0], case)
+        for seed in (1, 2)
+    ]
+    subjects = [
+        Subject(bench, high, case, allocation("half", high)),
+        Subject(bench, low, case, allocation("two donors", low)),
+    ]
+    for together in (True, False):
+        for call, seed in enumerate(SEEDS):
+            for subject, outputs in zip(subjects, expected, strict=True):
+                with torch.inference_mode():
+                    wanted = subjects if together else [subject]
+                    bench.mm.load_models_gpu([one.patcher for one in wanted])
+                out, moved = subject.moved(seed)
+                assert torch.equal(out, outputs[call])
+                if together and call:
+                    assert moved == subject.due()
+                subject.assert_at_home()
+    simulator.check()
+
+
+# --------------------------------------------------------------------- no blocks to be found
+
+
+def blockless(bench, make_list):
+    """A class of a Wan module that keeps its layers elsewhere, loaded with an allocation."""
+    import comfy.ops
+
+    class Novel(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            layers = [comfy.ops.manual_cast.Linear(DIM, DIM) for _ in range(6)]
+            make_list(self, layers)
+            self.order = [layer for layer in self.modules() if hasattr(layer, "in_features")]
+
+        def forward(self, x, transformer_options):
+            for layer in self.order:
+                x = torch.relu(layer(x))
+            return x
+
+    Novel.__module__ = wan_classes.PACKAGE + ".novel"
+
+    def make(text=None):
+        model = Novel()
+        wan_classes.randomise(model, 4)
+        noise = lambda g: {"x": torch.randn((4, DIM), generator=g), "transformer_options": {}}  # noqa: E731
+        return Subject(bench, model.requires_grad_(False), Case(noise), text)
+
+    return make
+
+
+def _no_list(model, layers):
+    model.first, model.second = torch.nn.Sequential(*layers[:3]), torch.nn.Sequential(*layers[3:])
+
+
+def _other_name(model, layers):
+    model.layers = torch.nn.ModuleList(layers)
+
+
+def _empty_list(model, layers):
+    model.blocks = torch.nn.ModuleList()
+    model.layers = torch.nn.ModuleList(layers)
+
+
+def _sequential(model, layers):
+    model.blocks = torch.nn.Sequential(*layers)
+
+
+blockless_kinds = pytest.mark.parametrize(
+    "make_list", [_no_list, _other_name, _empty_list, _sequential]
+)
+
+
+@blockless_kinds
+def test_without_blocks_multigpus_own_path_is_taken(bench, make_list):
+    make = blockless(bench, make_list)
+    expected = [make().load().run(seed) for seed in SEEDS]
+    bench.clear()
+    linear = DIM * (DIM + 1) * 4
+    subject = make(f"acc:0,{3 * linear}b;cpu,{3 * linear}b").load()
+    plugin = bench.module("distorch2_patch")
+    assert not plugin.is_swapped_here(subject.patcher)
+    assert not hasattr(subject.inner, plugin.STATE)
+    # MultiGPU has placed single layers.
+    assert {str(t.device) for t in subject.model.parameters()} == {COMPUTE, "cpu"}
+    for seed, out in zip(SEEDS, expected, strict=True):
+        assert torch.equal(subject.run(seed), out)
+
+
+@blockless_kinds
+def test_without_blocks_one_line_says_so(bench, caplog, make_list):
+    subject = blockless(bench, make_list)("acc:0,1mb;cpu,*")
+    logger = logging.getLogger("MultiGPU")
+    with caplog.at_level(logging.INFO, logger="MultiGPU"), _heard(logger, caplog.handler):
+        subject.load()
+        subject.run()
+        subject.load()
+    lines = [r.getMessage() for r in caplog.records if "block" in r.getMessage().lower()]
+    assert len(lines) == 1
+    assert "Novel" in lines[0]
+    assert "\n" not in lines[0]
+
+
+@contextlib.contextmanager
+def _heard(logger, handler):
+    logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)

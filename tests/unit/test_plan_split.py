@@ -5,6 +5,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from block_swap.allocation_parser import (
+    AllocationError,
     Block,
     Mode,
     ModelSizes,
@@ -34,6 +35,7 @@ model_sizes = st.builds(
     st.one_of(
         st.tuples(st.integers(1, 60), st.integers(1, 40 * MIB)).map(lambda p: [p[1]] * p[0]),
         st.lists(st.integers(20 * MIB, 24 * MIB), min_size=1, max_size=60),
+        st.lists(st.sampled_from([10 * MIB, 14 * MIB]), min_size=1, max_size=60),
     ),
     st.integers(0, 50 * MIB),
     st.sampled_from([1, 1, 2]),
@@ -77,15 +79,16 @@ def test_every_split_keeps_its_promises(sizes, text):
     placed = sum(split.bytes_on(device) for device in split.devices())
     assert placed == sizes.total_bytes + split.slots * split.slot_bytes
 
-    # No quota but the wildcard's is exceeded, the floor apart.
-    floor = sizes.non_block_bytes + split.slots * split.slot_bytes
+    # No quota but the wildcard's is exceeded, except below the floor, which is then said.
+    slots = min(sizes.min_slots, len(sizes.blocks))
+    floor = sizes.non_block_bytes + slots * largest
     for device, quota in quotas.items():
         if quota.nbytes is None or quota.wildcard:
             continue
-        at_floor = device == "acc:0" and split.compute_bytes == floor
-        assert split.bytes_on(device) <= quota.nbytes or at_floor
-        if device == "acc:0" and quota.nbytes < floor:
-            assert any("below the floor" in note for note in split.notes)
+        below_floor = device == "acc:0" and quota.nbytes < floor
+        assert split.bytes_on(device) <= quota.nbytes or below_floor
+        said = any("below the floor" in note for note in split.notes)
+        assert said == (split.bytes_on(device) > quota.nbytes) or device != "acc:0"
 
     # A quota is filled to less than a block, unless nothing was left for it.
     later_than_compute = list(quotas)
@@ -236,5 +239,51 @@ def test_what_fits_no_fraction_goes_to_the_cpu_with_a_warning():
     assert any("did not fit" in note for note in split.notes)
 
 
-def test_a_model_that_holds_two_blocks_at_once_never_gets_one_slot():
+def test_a_model_that_holds_two_blocks_at_once_gets_one_slot_more():
     assert plan("acc:0,15mb;cpu,*", uniform(min_slots=2)).slots == 2
+    assert plan("acc:0,75mb;cpu,*", uniform(min_slots=2)).slots == 3
+    assert plan("acc:0,55mb;cpu,*", uniform(min_slots=2)).slots == 4
+
+
+def test_three_slots_that_do_not_fit_leave_two():
+    sizes = ModelSizes(
+        tuple(
+            Block(f"blocks.{i}", nbytes)
+            for i, nbytes in enumerate([20971520] * 3 + [21250104] + [22090519] * 4)
+        ),
+        0,
+    )
+    split = plan("#acc:0;0.1;cpu", sizes)
+    assert split.slots == 2
+    assert split.compute_bytes <= split.quotas[0].nbytes
+    assert split.notes == ()
+
+
+def test_a_donor_is_filled_though_an_earlier_one_cannot_hold_the_block():
+    sizes = ModelSizes(
+        tuple(Block(f"blocks.{i}", nbytes) for i, nbytes in enumerate([20971520] * 3 + [20971521])),
+        0,
+    )
+    split = plan("acc:0,*;cpu,60mb;acc:1,21mb", sizes)
+    assert split.homes.count("acc:1") == 1
+
+
+def test_a_ratio_alone_is_a_part_and_the_rest_goes_to_the_cpu():
+    split = plan("acc:0,50%", uniform(count=40))
+    assert 0 <= 0.5 * split.sizes.total_bytes - split.bytes_on("acc:0") < 10 * MIB
+    assert split.homes.count("cpu") > 20
+
+
+def test_more_than_a_device_has_is_warned_of():
+    split = plan("acc:0,2gb;cpu,*", uniform(count=120))
+    assert any("acc:0 has 1.00 GiB of memory" in note for note in split.notes)
+
+
+def test_a_backend_that_does_not_tell_its_memory_asks_for_bytes():
+    allocation = parse_allocation("acc:0,0.5;cpu,*", DEVICES, "acc:0")
+    with pytest.raises(AllocationError, match="how much memory acc:0 has is not known"):
+        plan_split(allocation, uniform(), {"acc:0": 0, "cpu": 1})
+
+
+def test_a_wildcard_that_was_written_gets_no_warning():
+    assert plan("acc:0,0.03;cpu,*").notes == ()
