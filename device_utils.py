@@ -48,6 +48,14 @@ def torch_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def name_of(device: torch.device) -> str:
+    """The name of ``device_names`` for a torch device: the inverse of ``torch_device``."""
+    names = device_names()
+    if str(device) in names:
+        return str(device)
+    return next((name for name in names if torch_device(name) == device), str(device))
+
+
 def total_memory(name: str) -> int:
     """Total memory of a device in bytes; 0 where its backend does not tell."""
     device = torch_device(name)

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from types import ModuleType
 from typing import NamedTuple
@@ -19,6 +20,7 @@ import torch
 
 from . import device_utils
 from .allocation_parser import (
+    CPU,
     Allocation,
     Block,
     ModelSizes,
@@ -101,9 +103,9 @@ def read_allocation(patcher) -> Allocation:
     Raises:
         AllocationError: the string cannot be followed as written.
     """
-    return parse_allocation(
-        allocation_text(patcher.model), device_utils.device_names(), str(patcher.load_device)
-    )
+    names = device_utils.device_names()
+    compute = device_utils.name_of(patcher.load_device)
+    return parse_allocation(allocation_text(patcher.model), names, compute)
 
 
 # --------------------------------------------------------------------------------------------
@@ -143,7 +145,10 @@ class SwappedModel:
         self.split = self._plan(allocation)
         compute = device_utils.torch_device(self.split.compute_device)
         self.swap = BlockSwap(compute, self.packs, indices)
-        self._undrive = None
+        self.loaded = False
+        self._diffusion_model = weakref.ref(diffusion_model)
+        self._undrive: Callable[[], None] | None = None
+        self._foreign_bytes = 0
 
     def _plan(self, allocation: Allocation) -> Split:
         memory = {
@@ -160,21 +165,35 @@ class SwappedModel:
         """The packs of the blocks, and that of the non-block weights."""
         return [*self.packs, self.non_block]
 
-    def packs_by_table(self) -> dict[int, Pack]:
-        """The pack that a module's table of tensors belongs to, by the table's id."""
-        return {id(table): pack for pack in self.all_packs() for table in pack.tables()}
+    @contextmanager
+    def undriven(self) -> Iterator[None]:
+        """Inside, the diffusion model has its own methods: ComfyUI swaps them by object patches."""
+        self._stop_driving()
+        try:
+            yield
+        finally:
+            if self.loaded:
+                self._start_driving()
 
-    @property
-    def loaded(self) -> bool:
-        """Whether the model is placed and driven as its split says."""
-        return self._undrive is not None
+    def _start_driving(self) -> None:
+        if self._undrive is None:
+            self._undrive = self.swap.drive(self._diffusion_model())
+
+    def _stop_driving(self) -> None:
+        if self._undrive is not None:
+            self._undrive()
+            self._undrive = None
+
+    def absorb(self) -> None:
+        """Take over the weights that ComfyUI has hung on the modules."""
+        self._foreign_bytes = sum(pack.absorb() for pack in self.all_packs())
 
     def compute_bytes(self) -> int:
         """Bytes of weights on the compute device now."""
         here = self.swap.compute_device
         placed = sum(p.nbytes for p in self.all_packs() if p.device == here)
         beside = self.split.sizes.non_block_bytes - self.non_block.nbytes if self.loaded else 0
-        return placed + beside + self.swap.slot_bytes
+        return placed + beside + self._foreign_bytes + self.swap.slot_bytes
 
     def load(self, model: torch.nn.Module, pin, unpin) -> None:
         """Put every block where the split wants it, straight, one at a time, and print the split.
@@ -196,8 +215,8 @@ class SwappedModel:
                 pack.lock(pin, unpin)
         # A split without slots needs some once ``give_back`` has taken its resident blocks away.
         self.swap.update(self.split.slots or 2)
-        if self._undrive is None:
-            self._undrive = self.swap.drive(model.diffusion_model)
+        self.loaded = True
+        self._start_driving()
 
     def give_back(self, nbytes: int, offload_device: torch.device) -> int:
         """Free at least ``nbytes`` of the compute device if possible; returns the bytes freed.
@@ -205,29 +224,35 @@ class SwappedModel:
         The slots go first, then resident blocks move to ``offload_device`` one by one. The model
         still runs, in slots allocated when it does, and the next load restores the split.
         """
-        freed = self.swap.drop_slots()
+        before = self.compute_bytes()
+        self.swap.drop_slots()
         for pack in self.packs:
-            if freed >= nbytes:
+            if before - self.compute_bytes() >= nbytes:
                 break
             if pack.device == self.swap.compute_device:
-                pack.place(offload_device)
-                freed += pack.nbytes
+                pack.place(self._storage(offload_device))
         self.swap.update(self.split.slots or 2)
-        return freed
+        return before - self.compute_bytes()
 
-    def unload(self, device: torch.device, donors_too: bool) -> None:
-        """Take the weights off the compute device, to ``device``; nothing is swapped any more.
+    def unload(self, device: torch.device, donors_too: bool) -> torch.device:
+        """Take the weights off the compute device; nothing is swapped any more.
 
-        Blocks on other accelerators stay there unless ``donors_too``.
+        Blocks on other accelerators stay there unless ``donors_too``. Returns where the weights
+        went: ``device``, or the CPU if that is the compute device.
         """
+        storage = self._storage(device)
         self.swap.drop_slots()
         for pack in self.all_packs():
             if donors_too or pack.device in (None, self.swap.compute_device):
                 pack.unlock()
-                pack.place(device)
-        if self._undrive is not None:
-            self._undrive()
-            self._undrive = None
+                pack.place(storage)
+        self._stop_driving()
+        self.loaded = False
+        return storage
+
+    def _storage(self, device: torch.device) -> torch.device:
+        """Where to put what leaves the compute device, which --highvram names itself."""
+        return torch.device(CPU) if device == self.swap.compute_device else device
 
 
 def _in_execution_order(
@@ -259,6 +284,9 @@ def _tensors(module: torch.nn.Module) -> Iterator[torch.Tensor]:
 def _state(patcher) -> SwappedModel:
     """The swap state of a patcher's model, made at its first load."""
     state = getattr(patcher.model, STATE, None)
+    if state is not None and state.swap.compute_device != patcher.load_device:
+        state.unload(patcher.offload_device, donors_too=True)
+        state = None
     if state is None:
         state = SwappedModel(patcher.model, read_allocation(patcher))
         setattr(patcher.model, STATE, state)
@@ -274,6 +302,7 @@ def partially_load(wrapped, patcher, args, kwargs):
 
 def _load(patcher, device_to, extra_memory=0, force_patch_weights=False, **_):
     import comfy.model_management as mm
+    from comfy.patcher_extension import CallbacksMP
 
     model, state = patcher.model, _state(patcher)
     with patcher.use_ejected(skip_and_inject_on_exit_only=True):
@@ -287,7 +316,8 @@ def _load(patcher, device_to, extra_memory=0, force_patch_weights=False, **_):
             state.load(model, mm.pin_memory, mm.unpin_memory)
             if model.current_weight_patches_uuid is None:
                 patcher.unpatch_hooks()
-                _patch_weights(patcher, state, device_to)
+                with state.swap.writing_homes():
+                    _patch_weights(patcher, state, device_to)
             state.swap.allocate_slots()
         except BaseException:
             patcher.detach()
@@ -296,6 +326,8 @@ def _load(patcher, device_to, extra_memory=0, force_patch_weights=False, **_):
         model.device = device_to
         model.current_weight_patches_uuid = patcher.patches_uuid
         model.model_loaded_weight_memory = state.compute_bytes()
+        for callback in patcher.get_all_callbacks(CallbacksMP.ON_LOAD):
+            callback(patcher, device_to, extra_memory, force_patch_weights, True)
         patcher.apply_hooks(patcher.forced_hooks, force_apply=True)
         return model.model_loaded_weight_memory - before
 
@@ -320,7 +352,6 @@ def _patch_weights(patcher, state: SwappedModel, device_to) -> None:
         wipe_lowvram_weight,
     )
 
-    packs = state.packs_by_table()
     for entry in patcher._load_list():
         name, module, params = entry[-3:]
         module.comfy_force_cast_weights = patcher.force_cast_weights
@@ -344,8 +375,7 @@ def _patch_weights(patcher, state: SwappedModel, device_to) -> None:
                 original = weight.to(device=patcher.offload_device, copy=True)
                 patcher.backup[key] = Backup(original, inplace_update=False)
             patcher.patch_weight_to_device(key, device_to=device_to)
-            if id(module._parameters) in packs:
-                packs[id(module._parameters)].absorb()
+            state.absorb()
         module.comfy_patched_weights = True
 
 
@@ -375,20 +405,29 @@ def unpatch_model(wrapped, patcher, args, kwargs):
     device_to, unpatch_weights = bind(*args, **kwargs)
     model = patcher.model
     state = getattr(model, STATE, None)
-    if state is None or not unpatch_weights:
+    if state is None:
         return wrapped(*args, **kwargs)
-    state.swap.settle()
-    if device_to is not None:
-        state.unload(device_to, donors_too=not _donors_stay.get())
-    result = wrapped(None, True)  # to name the device would move the donors' blocks too
-    for pack in state.all_packs():
-        pack.absorb()
-    if device_to is None:
-        return result
-    for module in _beside(model):
-        module.to(device_to)
-    model.device = device_to
+    if not unpatch_weights:
+        with state.undriven():
+            return wrapped(*args, **kwargs)
+    with state.swap.writing_homes(), state.undriven():
+        storage = None
+        if device_to is not None:
+            storage = state.unload(device_to, donors_too=not _donors_stay.get())
+        result = wrapped(None, True)  # to name the device would move the donors' blocks too
+        state.absorb()
+    if storage is not None:
+        for module in _beside(model):
+            module.to(storage)
+        model.device = storage
     return result
+
+
+def patch_model(wrapped, patcher, args, kwargs):
+    """Object patches are set on the model itself, not on what drives it."""
+    state = getattr(patcher.model, STATE, None)
+    with nullcontext() if state is None else state.undriven():
+        return wrapped(*args, **kwargs)
 
 
 def partially_unload(wrapped, patcher, args, kwargs):
@@ -401,18 +440,41 @@ def partially_unload(wrapped, patcher, args, kwargs):
         return device_to, memory_to_free
 
     device_to, memory_to_free = bind(*args, **kwargs)
-    freed = state.give_back(memory_to_free, device_to)
-    patcher.model.model_loaded_weight_memory = state.compute_bytes()
-    return freed
+    return state.give_back(memory_to_free, device_to)
+
+
+def loaded_size(wrapped, patcher, args, kwargs):
+    """What is there now: slots come and go with passes, not only with loads."""
+    state = getattr(patcher.model, STATE, None)
+    return wrapped(*args, **kwargs) if state is None else state.compute_bytes()
+
+
+# Whether weights are being asked for to patch hooks with, which nobody keeps.
+_for_hooks: ContextVar[bool] = ContextVar("for_hooks", default=False)
 
 
 def change_hooks(wrapped, patcher, args, kwargs):
     """Hooks write into the weights: no slot may keep what they were, no copy may read them."""
     state = getattr(patcher.model, STATE, None)
     writes = patcher.hook_backup or any(hooks is not None for hooks in (*args, *kwargs.values()))
-    if state is not None and writes:
-        state.swap.settle()
-    return wrapped(*args, **kwargs)
+    if state is None or not writes:
+        return wrapped(*args, **kwargs)
+    token = _for_hooks.set(True)
+    try:
+        with state.swap.writing_homes():
+            return wrapped(*args, **kwargs)
+    finally:
+        _for_hooks.reset(token)
+
+
+def get_key_patches(wrapped, patcher, args, kwargs):
+    """Weights that a merge keeps must not be views of packs, which are written and moved."""
+    patches = wrapped(*args, **kwargs)
+    if not hasattr(patcher.model, STATE) or _for_hooks.get():
+        return patches
+    for key, ((weight, convert), *rest) in patches.items():
+        patches[key] = [(weight.detach().to("cpu", copy=True), convert), *rest]
+    return patches
 
 
 # --------------------------------------------------------------------------------------------
@@ -450,18 +512,25 @@ def _load_models_gpu(original):
 
 
 @contextmanager
-def without_dynamic_vram() -> Iterator[None]:
-    """Models made inside get a plain ``ModelPatcher`` and real weights.
+def plain_loading() -> Iterator[None]:
+    """Models made inside get a plain ``ModelPatcher``, real weights, and start out on the CPU.
 
     With DynamicVRAM, patchers are ``ModelPatcherDynamic``, which overrides ``partially_load`` and
-    so never comes to an allocation, and layers are built without weights.
+    so never comes to an allocation, and layers are built without weights. With more VRAM free than
+    RAM, or with --highvram, ComfyUI would put the whole model on the compute device first.
     """
     import comfy.memory_management
+    import comfy.model_management
     import comfy.model_patcher
+
+    def on_the_cpu(*_args, **_kwargs):
+        return torch.device(CPU)
 
     switches = [
         (comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher),
         (comfy.memory_management, "aimdo_enabled", False),
+        (comfy.model_management, "unet_inital_load_device", on_the_cpu),
+        (comfy.model_management, "unet_offload_device", on_the_cpu),
     ]
     switches = [switch for switch in switches if hasattr(*switch[:2])]
     before = [getattr(owner, name) for owner, name, _ in switches]
@@ -477,7 +546,7 @@ def without_dynamic_vram() -> Iterator[None]:
 def _loader(join: LoadingJoin):
     def load(wrapped, node, args, kwargs):
         join.arm()
-        with without_dynamic_vram():
+        with plain_loading():
             outputs = wrapped(*args, **kwargs)
         for patcher in patchers_of(outputs):
             if is_swapped_here(patcher):
@@ -516,6 +585,7 @@ class LoadingJoin:
         self._table = PatchTable()
         self._multigpu: ModuleType | None = None
         self._armed = False
+        self._host_load_models_gpu: Callable | None = None  # before MultiGPU replaced it
 
     def install(self, multigpu: ModuleType) -> None:
         """Patch the DisTorch2 loader nodes of ``multigpu``, MultiGPU's package."""
@@ -531,7 +601,8 @@ class LoadingJoin:
             return
         import comfy.model_management as mm
 
-        original = mm.load_models_gpu
+        if self._host_load_models_gpu is None:
+            self._host_load_models_gpu = mm.load_models_gpu
         self._multigpu.register_patched_safetensor_modelpatcher()
         patcher, manager = "comfy.model_patcher", "comfy.model_management"
         self._table.apply(
@@ -539,11 +610,14 @@ class LoadingJoin:
                 Patch(patcher, "ModelPatcher.partially_load", partially_load),
                 Patch(patcher, "ModelPatcher.unpatch_model", unpatch_model),
                 Patch(patcher, "ModelPatcher.partially_unload", partially_unload),
+                Patch(patcher, "ModelPatcher.patch_model", patch_model),
+                Patch(patcher, "ModelPatcher.loaded_size", loaded_size),
+                Patch(patcher, "ModelPatcher.get_key_patches", get_key_patches),
                 Patch(patcher, "ModelPatcher.patch_hooks", change_hooks),
                 Patch(patcher, "ModelPatcher.unpatch_hooks", change_hooks),
                 Patch(manager, "LoadedModel.model_memory_required", model_memory_required),
                 Patch(manager, "free_memory", free_memory),
-                Patch(manager, "load_models_gpu", _load_models_gpu(original)),
+                Patch(manager, "load_models_gpu", _load_models_gpu(self._host_load_models_gpu)),
             ]
         )
         self._armed = True

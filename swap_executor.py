@@ -88,6 +88,11 @@ class _Weight:
         """This weight in ``flat``, a buffer laid out like the pack."""
         return self.build([leaf.view_of(flat) for leaf in self.leaves])
 
+    def fits(self, tensor: torch.Tensor) -> bool:
+        """Whether ``tensor`` has the layout of this weight."""
+        layout = [(leaf.dtype, leaf.shape) for leaf in self.leaves]
+        return [(leaf.dtype, leaf.shape) for leaf in _leaves_of(tensor)] == layout
+
     def write(self, tensor: torch.Tensor, flat: torch.Tensor) -> None:
         """Copy ``tensor``, of this weight's kind, into ``flat``."""
         for leaf, source in zip(self.leaves, _leaves_of(tensor), strict=True):
@@ -159,6 +164,7 @@ class Pack:
 
     def __init__(self, weights: Sequence[_Weight], nbytes: int):
         self._weights = tuple(weights)
+        self._foreign: set[int] = set()  # weights that others hold in another shape, by index
         self._unlock: weakref.finalize | None = None
         self.nbytes = nbytes
         self.flat: torch.Tensor | None = None
@@ -200,16 +206,12 @@ class Pack:
             flat = torch.empty(self.nbytes, dtype=torch.uint8, device=device)
             views = self.views_of(flat)
             if self.flat is not None:
-                origins = {self.flat.device}
                 flat.copy_(self.flat)
             else:
-                tensors = [weight.table[weight.name] for weight in self._weights]
-                origins = {tensor.device for tensor in tensors}
-                for weight, tensor in zip(self._weights, tensors, strict=True):
-                    weight.write(tensor, flat)
+                for weight in self._weights:
+                    weight.write(weight.table[weight.name], flat)
         # From one donor to another, the copy is ordered before no stream that will read it.
-        for busy in {device, *origins}:
-            synchronize(busy)
+        synchronize(device)
         self.unlock()
         self.flat, self.views = flat, views
         self.point(views)
@@ -244,17 +246,28 @@ class Pack:
 
     def point(self, views: Sequence[torch.Tensor]) -> None:
         """Hang ``views`` on the modules."""
-        for weight, view in zip(self._weights, views, strict=True):
-            weight.hang(view)
+        for index, (weight, view) in enumerate(zip(self._weights, views, strict=True)):
+            if index not in self._foreign:
+                weight.hang(view)
 
-    def absorb(self) -> None:
-        """Take over what others have hung on the modules instead: its values belong here now."""
+    def absorb(self) -> int:
+        """Take over what others have hung on the modules instead: its values belong here now.
+
+        A tensor that does not fit the place (a LoRA may widen a weight) stays where it hangs until
+        one that fits takes its turn. Returns the bytes of those.
+        """
         with _ordinary_tensors():
-            for weight, view in zip(self._weights, self.views, strict=True):
+            for index, (weight, view) in enumerate(zip(self._weights, self.views, strict=True)):
                 tensor = weight.table[weight.name]
-                if tensor is not view:
+                if tensor is view:
+                    continue
+                if weight.fits(tensor):
                     weight.write(tensor, self.flat)
                     weight.hang(view)
+                    self._foreign.discard(index)
+                else:
+                    self._foreign.add(index)
+        return sum(self._weights[i].table[self._weights[i].name].nbytes for i in self._foreign)
 
 
 class _Link:
@@ -393,13 +406,21 @@ class BlockSwap:
     def settle(self) -> None:
         """Wait for every copy on its way and forget what the slots hold.
 
-        To be called before homes are written or moved: no slot may keep a copy of what they were.
+        To be called before homes are moved: no slot may keep a copy of what they were.
         """
         _drain(self._links)
-        if self._slots:
-            synchronize(self.compute_device)
         for slot in self._slots:
             slot.block = None
+
+    @contextmanager
+    def writing_homes(self) -> Iterator[None]:
+        """Homes may be written inside: no copy reads them meanwhile, and later ones see it all."""
+        self.settle()
+        try:
+            yield
+        finally:
+            for device in {pack.device for pack in self._packs} - {None}:
+                synchronize(device)
 
     def drop_slots(self) -> int:
         """Free the slots and return their bytes. The next pass allocates them anew."""

@@ -72,13 +72,14 @@ class Workbench:
         inputs = {"model": ["1", 0], "lora_name": file, "strength_model": strength}
         return {"1": loader, "10": {"class_type": "LoraLoaderModelOnly", "inputs": inputs}}
 
-    def sample(self, loader, seed=1, steps=2):
+    def sample(self, loader, seed=1, steps=2, model=None, positive="20"):
         """Sample with classifier-free guidance and return the latent, on the CPU.
 
+        ``loader`` is a loader node, or nodes by id of which the last is the model.
         The prompts' lengths keep ComfyUI from batching cond and uncond: two passes a step.
         """
         nodes = loader if "class_type" not in loader else {"1": loader}
-        model = [max(nodes, key=int), 0]
+        model = [model or max(nodes, key=int), 0]
         prompt = {
             **nodes,
             "20": {"class_type": "ProbeConditioning", "inputs": {"seed": 1, "length": 16}},
@@ -96,7 +97,7 @@ class Workbench:
                     "cfg": 5.0,
                     "sampler_name": "euler",
                     "scheduler": "simple",
-                    "positive": ["20", 0],
+                    "positive": [positive, 0],
                     "negative": ["21", 0],
                     "latent_image": ["22", 0],
                     "denoise": 1.0,
