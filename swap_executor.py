@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import sys
 import threading
 import types
 import weakref
@@ -442,6 +443,7 @@ class BlockSwap:
         Its ``forward``, and every other method that loops over the block lists, opens a pass.
         The wrappers sit on the instance and hold it weakly: a model that nobody else holds dies.
         """
+        _hide_from_dynamo()
         reference = weakref.ref(model)
         names = _entry_points(type(model), self._lists)
         before = {name: model.__dict__[name] for name in names if name in model.__dict__}
@@ -594,6 +596,18 @@ class BlockSwap:
         self._links[pack.device].copy(pack.flat, slot.views[index][0], slot)
         slot.block = index
         return slot
+
+
+def _hide_from_dynamo() -> None:
+    """Keep ``torch.compile`` from tracing into the swap; blocks are compiled one by one.
+
+    Only where something has imported it already: that takes seconds.
+    """
+    dynamo = sys.modules.get("torch._dynamo")
+    for name in ("acquire", "release", "_open", "_close"):
+        method = vars(BlockSwap)[name]
+        if dynamo is not None and not hasattr(method, "_torchdynamo_disable"):
+            setattr(BlockSwap, name, dynamo.disable(method))
 
 
 class BlockList:

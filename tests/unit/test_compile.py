@@ -1,0 +1,85 @@
+"""``torch.compile`` of a swapped model: the same result, nothing compiled again."""
+
+import pytest
+import torch
+
+from block_swap.swap_executor import BlockSwap, Pack
+
+LAYERS = 6
+
+# Another device than "cpu" to everything that compares devices, with the same memory behind it.
+COMPUTE = torch.device("cpu", 0)
+
+
+class Block(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up = torch.nn.Linear(16, 32)
+        self.down = torch.nn.Linear(32, 16)
+
+    def forward(self, x):
+        return x + self.down(torch.tanh(self.up(x)))
+
+
+class Model(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = torch.nn.ModuleList(Block() for _ in range(LAYERS))
+        self.requires_grad_(False)
+
+    def forward(self, x):
+        return self.loop(x)
+
+    def loop(self, x):
+        for _, block in enumerate(self.blocks):
+            x = block(x)
+        return x
+
+
+def swapped_model():
+    model = Model()
+    packs = [Pack.layout(block.modules()) for block in model.blocks]
+    for pack in packs:
+        pack.place(torch.device("cpu"))
+    swap = BlockSwap(COMPUTE, packs, {"blocks": range(LAYERS)})
+    swap.update(2)
+    swap.allocate_slots()
+    return model, swap
+
+
+@pytest.mark.parametrize("per_block", [False, True])
+@pytest.mark.parametrize("inference", [False, True])
+def test_compiled_results_are_those_of_the_model_and_nothing_is_compiled_again(
+    per_block, inference
+):
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")
+    with torch.inference_mode(inference):
+        model, swap = swapped_model()
+        swap.drive(model)
+        run = model
+        if per_block:
+            for block in model.blocks:
+                block.compile(backend=counter)
+        else:
+            run = torch.compile(model, backend=counter)
+        x = torch.randn(4, 16)
+        results, frames = [], []
+        for step in range(5):
+            results.append(run(x + step))
+            frames.append(counter.frame_count)
+        reference = Model()
+        for step, result in enumerate(results):
+            assert torch.equal(result, reference(x + step))
+    assert frames[0] > 0
+    assert frames[1:] == frames[:1] * 4
+    assert all(
+        p.data_ptr() == v.data_ptr() for p, v in zip(model.parameters(), _homes(swap), strict=True)
+    )
+
+
+def _homes(swap):
+    return [view for pack in swap._packs for view in pack.views]
