@@ -37,6 +37,7 @@ logger = logging.getLogger("MultiGPU")
 # which all clones of a patcher share.
 META = "_distorch_v2_meta"
 STATE = "_distorch2_block_swap"
+NO_BLOCKS = "_distorch2_no_blocks"
 
 WAN_MODULES = "comfy.ldm.wan."
 
@@ -51,14 +52,17 @@ def allocation_text(model: torch.nn.Module) -> str:
     return getattr(model, META, {}).get("full_allocation", "")
 
 
+def is_wan(diffusion_model) -> bool:
+    """Whether a diffusion model is of a class that ComfyUI defines for Wan, or derived from one."""
+    return any(c.__module__.startswith(WAN_MODULES) for c in type(diffusion_model).__mro__)
+
+
 def block_lists(diffusion_model: torch.nn.Module) -> dict[str, torch.nn.ModuleList]:
     """The block lists of a Wan diffusion model by name; empty for any other model.
 
-    A Wan is told by where its classes come from, its further lists (``vace_blocks``) by holding
-    the same kind of block as ``blocks``.
+    Its further lists (``vace_blocks``) are told by holding the same kind of block as ``blocks``.
     """
-    classes = type(diffusion_model).__mro__
-    if not any(cls.__module__.startswith(WAN_MODULES) for cls in classes):
+    if not is_wan(diffusion_model):
         return {}
     lists = {
         name: child
@@ -296,8 +300,20 @@ def _state(patcher) -> SwappedModel:
 def partially_load(wrapped, patcher, args, kwargs):
     """Load a Wan model by its split; its quota, not ``extra_memory``, says how much."""
     if not is_swapped_here(patcher):
+        _say_if_blocks_are_missing(patcher.model)
         return wrapped(*args, **kwargs)
     return _load(patcher, *args, **kwargs)
+
+
+def _say_if_blocks_are_missing(model) -> None:
+    """One line per model for a Wan that carries an allocation but has no blocks to swap."""
+    diffusion_model = getattr(model, "diffusion_model", None)
+    if not allocation_text(model) or not is_wan(diffusion_model) or hasattr(model, NO_BLOCKS):
+        return
+    if not block_lists(diffusion_model):
+        setattr(model, NO_BLOCKS, True)
+        name = type(diffusion_model).__name__
+        logger.warning(f"[MultiGPU] {name} has no blocks to swap: left to MultiGPU")
 
 
 def _load(patcher, device_to, extra_memory=0, force_patch_weights=False, **_):

@@ -14,7 +14,7 @@ import threading
 import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -68,7 +68,7 @@ class _Weight:
     name: str
     leaves: tuple[_Leaf, ...]
     build: Callable[[Sequence[torch.Tensor]], torch.Tensor]
-    carries_attributes: bool
+    attributes: tuple[str, ...]  # what goes with the weight, whichever view of it hangs
 
     @classmethod
     def of(cls, table: dict[str, torch.Tensor | None], name: str, offset: int) -> _Weight:
@@ -78,7 +78,8 @@ class _Weight:
         for leaf in _leaves_of(tensor):
             leaves.append(_Leaf(offset, leaf.nbytes, leaf.dtype, leaf.shape))
             offset += -(-leaf.nbytes // ALIGNMENT) * ALIGNMENT
-        return cls(table, name, tuple(leaves), _builder(tensor), carries_attributes(tensor))
+        attributes = tuple(vars(tensor)) if carries_attributes(tensor) else ()
+        return cls(table, name, tuple(leaves), _builder(tensor), attributes)
 
     @property
     def end(self) -> int:
@@ -100,9 +101,10 @@ class _Weight:
             leaf.view_of(flat).copy_(source)
 
     def hang(self, view: torch.Tensor) -> None:
-        """Put ``view`` in the module's table; attributes go with the weight, not with the view."""
-        if self.carries_attributes:
-            vars(view).update(vars(self.table[self.name]))
+        """Put ``view`` in the module's table, with the attributes of what hung there."""
+        if self.attributes:
+            source = vars(self.table[self.name])
+            vars(view).update((name, source[name]) for name in self.attributes if name in source)
         self.table[self.name] = view
 
 
@@ -128,16 +130,17 @@ def _builder(tensor: torch.Tensor) -> Callable[[Sequence[torch.Tensor]], torch.T
     """The function that makes a tensor like ``tensor`` of other leaves."""
     kind, is_parameter = type(tensor), isinstance(tensor, torch.nn.Parameter)
 
-    def as_parameter(view: torch.Tensor) -> torch.Tensor:
-        return torch.nn.Parameter(view, requires_grad=False) if is_parameter else view
-
     if _is_wrapper(tensor):
         names, context = tensor.__tensor_flatten__()
         size, stride = tensor.size(), tensor.stride()
 
         def build(leaves):
             inner = dict(zip(names, leaves, strict=True))
-            return as_parameter(kind.__tensor_unflatten__(inner, context, size, stride))
+            view = kind.__tensor_unflatten__(inner, context, size, stride)
+            if is_parameter:
+                # Parameter() would detach it, and so clone the scales out of the buffer.
+                view._is_param = True
+            return view
 
     elif carries_attributes(tensor):
         attributes = dict(vars(tensor))  # being a Parameter is one of them
@@ -150,7 +153,7 @@ def _builder(tensor: torch.Tensor) -> Callable[[Sequence[torch.Tensor]], torch.T
     else:
 
         def build(leaves):
-            return as_parameter(leaves[0])
+            return torch.nn.Parameter(leaves[0], requires_grad=False) if is_parameter else leaves[0]
 
     return build
 
@@ -447,24 +450,37 @@ class BlockSwap:
         reference = weakref.ref(model)
         names = _entry_points(type(model), self._lists)
         before = {name: model.__dict__[name] for name in names if name in model.__dict__}
-        for name in names:
-            method = getattr(type(model), name)
-            model.__dict__[name] = self._entry(reference, method, before.get(name))
+        driving = [True]
+        entries = {
+            name: self._entry(reference, getattr(type(model), name), before.get(name), driving)
+            for name in names
+        }
+        model.__dict__.update(entries)
 
         def undo() -> None:
+            # What others have put over an entry since is theirs; an entry that they have kept to
+            # put back later only calls what it replaced.
+            driving.clear()
             instance = reference()
-            if instance is not None:
-                for name in names:
-                    instance.__dict__.pop(name, None)
-                instance.__dict__.update(before)
+            for name, entry in entries.items():
+                if instance is not None and instance.__dict__.get(name) is entry:
+                    del instance.__dict__[name]
+                    if name in before:
+                        instance.__dict__[name] = before[name]
 
         return undo
 
-    def _entry(self, reference: weakref.ref, method: Callable, replaced: Callable | None):
+    def _entry(
+        self,
+        reference: weakref.ref,
+        method: Callable,
+        replaced: Callable | None,
+        driving: list[bool],
+    ) -> Callable:
         @functools.wraps(method)
         def entry(*args, **kwargs):
             model = reference()
-            with self.forward_pass(model):
+            with self.forward_pass(model) if driving else nullcontext():
                 if replaced is not None:
                     return replaced(*args, **kwargs)
                 return method(model, *args, **kwargs)

@@ -138,3 +138,44 @@ def test_a_prompt_without_keep_loaded_is_one_with_the_switch_off(server):
         assert [loaded["flag"] for loaded in server.probe()["loaded"]] == [True]
         server.free(unload_models=True)
         assert server.probe()["loaded"] == []
+
+
+@pytest.fixture(scope="module")
+def cramped(start):
+    """A server that lets a model on the compute device only when nothing else is there."""
+    with start("--reserve-vram", "1000") as server:
+        yield server
+
+
+@pytest.fixture
+def made_room(cramped):
+    """Leaves the kept model loaded and the flagged one in the same workflow, evicted for it.
+
+    Its blocks on other accelerators stay for its next turn; ComfyUI's list has it no more.
+    """
+    cramped.queue(graph(loaders("kept")))
+    alone = cramped.probe()["devices"]
+    first = graph(loaders("flagged"))
+    for seed in (2, 3):  # at the second time the flagged one's latent is cached
+        cramped.queue({**first, **graph(loaders("kept"), seed)})
+    state = cramped.probe()
+    assert flags_of(state) == {"kept"}
+    assert state["devices"]["acc:1"] == 2 * alone["acc:1"]
+    yield alone
+    clean(cramped, "flagged", "kept")
+
+
+@pytest.mark.parametrize("asked", ASKED)
+def test_a_flagged_model_that_made_room_for_another_is_ejected(cramped, made_room, asked):
+    cramped.free(**ASKED[asked])
+    after = cramped.probe()
+    assert after["devices"] == made_room
+    cramped.queue(graph(loaders("flagged", "kept"), seed=4))
+    assert reads(after, cramped.probe()) == {PATHS["flagged"]: 1}
+
+
+def test_out_of_memory_lets_a_model_go_that_had_made_room(cramped, made_room):
+    failing = graph(loaders("kept"), out_of_memory=1)
+    with pytest.raises(PromptError, match="ProbeOutOfMemory"):
+        cramped.queue({**graph(loaders("flagged")), **failing})
+    assert set(cramped.probe()["devices"].values()) == {0}
