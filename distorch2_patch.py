@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from types import ModuleType
-from typing import NamedTuple
 
 import torch
 
@@ -29,7 +28,7 @@ from .allocation_parser import (
     plan_split,
 )
 from .patch_table import Patch, PatchTable
-from .swap_executor import BlockSwap, Pack, carries_attributes
+from .swap_executor import BlockSwap, Pack, copy_of
 
 logger = logging.getLogger("MultiGPU")
 
@@ -348,19 +347,12 @@ def _load(patcher, device_to, extra_memory=0, force_patch_weights=False, **_):
         return model.model_loaded_weight_memory - before
 
 
-class Backup(NamedTuple):
-    """An entry of ``ModelPatcher.backup``, as ComfyUI makes it."""
-
-    weight: torch.Tensor
-    inplace_update: bool
-
-
 def _patch_weights(patcher, state: SwappedModel, device_to) -> None:
     """Apply the patcher's weight patches, computed on the compute device, where the weights lie.
 
     Follows ``ModelPatcher.load`` for a model that is loaded completely. A patched weight hangs on
     its module for a moment and is then absorbed by the pack; ``backup`` holds the originals of
-    patched weights, copied because the pack is about to be written, and nothing else.
+    patched weights and nothing else.
     """
     from comfy.model_patcher import (
         key_param_name_to_key,
@@ -385,12 +377,13 @@ def _patch_weights(patcher, state: SwappedModel, device_to) -> None:
             key = key_param_name_to_key(name, param)
             if key not in patcher.patches:
                 continue
-            weight = module._parameters[param]
-            # A GGUF weight is patched by an attribute; its data stays what it is.
-            if key not in patcher.backup and not carries_attributes(weight):
-                original = weight.to(device=patcher.offload_device, copy=True)
-                patcher.backup[key] = Backup(original, inplace_update=False)
+            home, new = module._parameters[param], key not in patcher.backup
             patcher.patch_weight_to_device(key, device_to=device_to)
+            if new and key in patcher.backup:
+                # ComfyUI keeps the original itself where that lies on the offload device.
+                entry = patcher.backup[key]
+                if entry.weight.device == home.device:
+                    patcher.backup[key] = entry._replace(weight=copy_of(entry.weight))
             state.absorb()
         module.comfy_patched_weights = True
 

@@ -78,7 +78,7 @@ class _Weight:
         for leaf in _leaves_of(tensor):
             leaves.append(_Leaf(offset, leaf.nbytes, leaf.dtype, leaf.shape))
             offset += -(-leaf.nbytes // ALIGNMENT) * ALIGNMENT
-        attributes = tuple(vars(tensor)) if carries_attributes(tensor) else ()
+        attributes = tuple(vars(tensor)) if _carries_attributes(tensor) else ()
         return cls(table, name, tuple(leaves), _builder(tensor), attributes)
 
     @property
@@ -113,7 +113,7 @@ def _is_wrapper(tensor: torch.Tensor) -> bool:
     return hasattr(type(tensor), "__tensor_flatten__")
 
 
-def carries_attributes(tensor: torch.Tensor) -> bool:
+def _carries_attributes(tensor: torch.Tensor) -> bool:
     """Whether a tensor is plain memory of a class of its own, as ComfyUI-GGUF's ``GGMLTensor``."""
     plain = (torch.Tensor, torch.nn.Parameter, type(torch.empty(0, device=tensor.device)))
     return type(tensor) not in plain and not _is_wrapper(tensor)
@@ -123,7 +123,7 @@ def _leaves_of(tensor: torch.Tensor) -> list[torch.Tensor]:
     """The plain tensors that a tensor consists of."""
     if _is_wrapper(tensor):
         return [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
-    return [tensor.as_subclass(torch.Tensor)] if carries_attributes(tensor) else [tensor]
+    return [tensor.as_subclass(torch.Tensor)] if _carries_attributes(tensor) else [tensor]
 
 
 def _builder(tensor: torch.Tensor) -> Callable[[Sequence[torch.Tensor]], torch.Tensor]:
@@ -133,16 +133,20 @@ def _builder(tensor: torch.Tensor) -> Callable[[Sequence[torch.Tensor]], torch.T
     if _is_wrapper(tensor):
         names, context = tensor.__tensor_flatten__()
         size, stride = tensor.size(), tensor.stride()
+        # Its own operations make further wrappers in the mode they run in, so it has to be of the
+        # mode that the host made it in; the tensors inside are ordinary all the same.
+        inference = tensor.is_inference()
 
         def build(leaves):
             inner = dict(zip(names, leaves, strict=True))
-            view = kind.__tensor_unflatten__(inner, context, size, stride)
+            with torch.inference_mode(inference):
+                view = kind.__tensor_unflatten__(inner, context, size, stride)
             if is_parameter:
                 # Parameter() would detach it, and so clone the scales out of the buffer.
                 view._is_param = True
             return view
 
-    elif carries_attributes(tensor):
+    elif _carries_attributes(tensor):
         attributes = dict(vars(tensor))  # being a Parameter is one of them
 
         def build(leaves):
@@ -156,6 +160,12 @@ def _builder(tensor: torch.Tensor) -> Callable[[Sequence[torch.Tensor]], torch.T
             return torch.nn.Parameter(leaves[0], requires_grad=False) if is_parameter else leaves[0]
 
     return build
+
+
+def copy_of(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy of a weight in memory of its own, which ``clone`` or ``to`` may not give."""
+    with _ordinary_tensors():
+        return _builder(tensor)([leaf.clone() for leaf in _leaves_of(tensor)])
 
 
 class Pack:

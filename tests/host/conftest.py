@@ -1,6 +1,6 @@
 """A real ComfyUI with this plugin and MultiGPU, on two simulated accelerators.
 
-    pytest tests/host --comfyui 0.18.2 [--multigpu DIR] [--plugin-first]
+    pytest tests/host --comfyui 0.18.2 [--multigpu DIR] [--gguf DIR] [--plugin-first]
 
 One process boots one ComfyUI, so each combination is a run of its own (`make test`).
 """
@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 def pytest_addoption(parser):
     parser.addoption("--comfyui", default="0.30.0", help="ComfyUI version, from PyPI")
     parser.addoption("--multigpu", default="double", help="a checkout of ComfyUI-MultiGPU")
+    parser.addoption("--gguf", default="", help="a checkout of ComfyUI-GGUF")
     parser.addoption("--plugin-first", action="store_true", help="ComfyUI loads the plugin first")
 
 
@@ -158,6 +159,8 @@ def bench(pytestconfig, tmp_path_factory):
     ]
     if pytestconfig.getoption("plugin_first"):
         nodes.reverse()
+    if pytestconfig.getoption("gguf"):
+        nodes.insert(0, ("ComfyUI-GGUF", Path(pytestconfig.getoption("gguf"))))
     simulator.install(count=2)
     # The weights stay in the file's bf16, and nodes are cached by the graph alone.
     argv = ("--bf16-unet", "--cache-classic")

@@ -1090,6 +1090,21 @@ class _DeviceGuard(torch._C._acc.DeviceGuard):
 _registered: list[object] = []
 
 
+_HostGenerator = torch.Generator
+
+
+class _GeneratorType(type):
+    def __instancecheck__(cls, instance) -> bool:
+        return isinstance(instance, _HostGenerator)
+
+
+class Generator(metaclass=_GeneratorType):
+    """`torch.Generator`, which gives a simulated device the CPU's, where its operations run."""
+
+    def __new__(cls, device="cpu"):
+        return _HostGenerator("cpu" if torch.device(device).type == TYPE else device)
+
+
 def _register() -> None:
     hooks, guard = _Hooks(), _DeviceGuard()
     _setup_privateuseone_for_python_backend(TYPE, DeviceModule(), hooks, guard)
@@ -1099,6 +1114,7 @@ def _register() -> None:
     library.impl("_copy_from", _copy_from, "PrivateUse1")
     library.impl("scaled_dot_product_attention", _attention, "AutogradPrivateUse1")
     torch.Tensor.data = property(_TENSOR_DATA.__get__, _set_data)
+    torch.Generator = Generator
     # Autocast changes nothing: no op is registered for it.
     autocast = torch.library.Library("_", "IMPL")
     autocast.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")

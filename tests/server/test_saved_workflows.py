@@ -26,6 +26,11 @@ def test_inputs_are_multigpus_with_the_switch_behind_them(server, without):
     nodes = distorch2_nodes(server)
     assert set(nodes) == set(without) != set()
     for name, node in nodes.items():
+        # ComfyUI 0.30.0 asks nodes of its V3 schema (triple and quadruple CLIP loaders) past
+        # MultiGPU, whose own inputs the front end is not shown either.
+        if "optional" not in without[name]["input_order"]:
+            assert node == without[name]
+            continue
         order = node["input_order"]
         assert order["optional"].pop() == "keep_loaded", name
         kind, options = node["input"]["optional"].pop("keep_loaded")
@@ -57,7 +62,8 @@ def test_multigpus_own_workflows_fit(server, pytestconfig):
             values = saved["widgets_values"]
             *shown, last = widgets(nodes[saved["type"]])
             assert last == ("keep_loaded", "BOOLEAN")
-            for value, (name, kind) in zip(values, shown, strict=True):
+            assert len(values) <= len(shown)  # one saved before the last inputs came has fewer
+            for value, (name, kind) in zip(values, shown, strict=False):
                 kinds = WIDGETS.get(kind, str) if isinstance(kind, str) else str
                 assert isinstance(value, kinds), (path.name, saved["type"], name, value)
             fitted += 1

@@ -709,3 +709,10 @@ def test_the_device_module_answers_as_cuda_does():
     assert torch.rand(2, device=PEER).tolist() == first.tolist()
     module.empty_cache()
     assert not torch.ones(2).is_pinned()
+
+
+def test_a_generator_of_a_device_gives_the_cpus_numbers():
+    generator = torch.Generator(device=DEVICE)
+    assert isinstance(generator, torch.Generator)
+    numbers = torch.rand(3, device=DEVICE, generator=generator.manual_seed(7))
+    assert torch.equal(numbers.cpu(), torch.rand(3, generator=torch.Generator().manual_seed(7)))
