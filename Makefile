@@ -1,13 +1,22 @@
-# Everything lands in .cache, which git ignores. MULTIGPU_DIR=<checkout> adds real ComfyUI-MultiGPU.
+# Everything lands in .cache, which git ignores.
+#   MULTIGPU_DIR=<checkout>  adds real ComfyUI-MultiGPU to the double that stands in for it
+#   GGUF_DIR=<checkout>      adds real ComfyUI-GGUF
+#   TORCH=<requirement>      another build of torch, with any options of pip
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 COMFYUI ?= 0.30.0 0.18.2
 MULTIGPU_DIR ?=
+GGUF_DIR ?=
 
 PY := .cache/venv/bin/python
-PYTEST := $(PY) -m pytest -q
+PYTEST := $(PY) -m pytest -q -p no:cacheprovider
 READY := .cache/venv/ready
+GGUF := $(if $(GGUF_DIR),--gguf "$(GGUF_DIR)")
+
+export PYTHONDONTWRITEBYTECODE = 1
+export HYPOTHESIS_STORAGE_DIRECTORY = .cache/hypothesis
+export RUFF_CACHE_DIR = .cache/ruff
 
 .PHONY: test demo bench lint clean
 
@@ -17,14 +26,14 @@ READY := .cache/venv/ready
 test: $(READY)
 	$(PYTEST) tests/unit tests/simulator
 	$(PYTEST) tests/simulated
-	set -e; for version in $(COMFYUI); do \
-		$(PYTEST) tests/host --comfyui $$version $$order; \
-		if [ -n "$(MULTIGPU_DIR)" ]; then \
-			$(PYTEST) tests/host --comfyui $$version --multigpu "$(MULTIGPU_DIR)" $$order; \
-		fi; \
+	set -e; order=; for version in $(COMFYUI); do \
+		for multigpu in double $(if $(MULTIGPU_DIR),"$(MULTIGPU_DIR)"); do \
+			$(PYTEST) tests/host --comfyui $$version --multigpu "$$multigpu" $(GGUF) $$order; \
+			$(PYTEST) tests/server --comfyui $$version --multigpu "$$multigpu"; \
+		done; \
 		order=--plugin-first; \
 	done
-	$(PY) bench/simulated_grid.py --limit 1.05 > .cache/simulated_grid.md
+	$(PY) bench/simulated_grid.py --limit 1.05
 
 demo: $(READY)
 	$(PY) tools/demo.py $(if $(MULTIGPU_DIR),--multigpu "$(MULTIGPU_DIR)")
@@ -37,9 +46,10 @@ lint: $(READY)
 	$(PY) -m ruff format --check .
 
 # torch comes first and alone: nothing that depends on it may choose another build.
-$(READY): tests/requirements.txt
+$(READY): tests/requirements.txt requirements.txt
+	@echo "Installing into .cache/venv (about 2 GB with torch for the CPU)"
 	$(PYTHON) -m venv .cache/venv
-	$(PY) -m pip install --quiet "$(TORCH)"
+	$(PY) -m pip install --quiet $(TORCH)
 	$(PY) -m pip install --quiet -r tests/requirements.txt
 	touch $@
 

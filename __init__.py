@@ -84,12 +84,15 @@ def _multigpu_folder() -> Path | None:
 
 async def _after_custom_node(wrapped, instance, args, kwargs):
     """Join as soon as the custom node that ComfyUI has just loaded turns out to be MultiGPU."""
-    result = await wrapped(*args, **kwargs)
+    loaded = await wrapped(*args, **kwargs)
     multigpu = _loaded_multigpu()
-    if multigpu is not None:
+    if multigpu is not None and loaded:
         _waiting.remove()
         _join(multigpu)
-    return result
+    elif not loaded and Path(args[0]) == _multigpu_folder():
+        _waiting.remove()
+        logger.warning("[MultiGPU] DisTorch2 block swap: ComfyUI-MultiGPU failed to load, inactive")
+    return loaded
 
 
 install()

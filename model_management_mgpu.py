@@ -129,10 +129,6 @@ class Retained:
     files: list[FileState]
     owners: set = field(default_factory=set)
 
-    def models(self) -> list:
-        """The inner models among the outputs."""
-        return [patcher.model for patcher in patchers_of(self.outputs)]
-
 
 class Retention:
     """Holds the outputs of loader nodes whose user said keep, by loader and model inputs.
@@ -171,9 +167,10 @@ class Retention:
     def let_go(self, key: tuple, reason: str) -> None:
         """Stop holding one entry, and take its models off their devices."""
         mm = sys.modules["comfy.model_management"]
-        for model in self._retained.pop(key).models():
-            logger.info(f"[MultiGPU] no longer kept, {reason}: {type(model).__name__}")
-            _unload(mm, model)
+        for patcher in patchers_of(self._retained.pop(key).outputs):
+            logger.info(f"[MultiGPU] no longer kept, {reason}: {type(patcher.model).__name__}")
+            _unload(mm, patcher.model)
+            patcher.detach()  # where ComfyUI had evicted it already
 
     def let_go_all(self, reason: str) -> None:
         """Stop holding everything."""
@@ -295,7 +292,9 @@ def with_keep_loaded(wrapped, instance, args, kwargs):
     return inputs
 
 
-def _loader(retention: Retention) -> Callable:
+def _loader(join: MemoryJoin) -> Callable:
+    retention = join.retention
+
     def load(wrapped, node, args, kwargs):
         keep = bool(kwargs.get("keep_loaded", False))
         parameters = inspect.signature(wrapped).parameters
@@ -319,6 +318,7 @@ def _loader(retention: Retention) -> Callable:
 
         for patcher in patchers_of(retained.outputs):
             set_keep(patcher.model, keep)
+            join.patchers.add(patcher)
         # ``eject_models`` flags every model there is; whose user said keep stays kept.
         for _, model in _loaded(mm):
             if getattr(model, KEEP, False):
@@ -352,20 +352,34 @@ def _unload_all_models(join: MemoryJoin) -> Callable:
         # ComfyUI calls this from the except block of a node that ran out of memory.
         if _is_out_of_memory(mm, sys.exc_info()[1]) or mm.DISABLE_SMART_MEMORY:
             join.retention.let_go_all("everything is let go")
-            return wrapped(*args, **kwargs)
-        models = {id(model): (model, loaded.model.model_size()) for loaded, model in _loaded(mm)}
-        if not any(is_distorch2(model) for model, _ in models.values()):
-            return wrapped(*args, **kwargs)
-        flagged = [entry for entry in models.values() if is_flagged(entry[0])]
-        kept = [entry for entry in models.values() if not is_flagged(entry[0])]
+            wrapped(*args, **kwargs)
+            for patcher in list(join.patchers):
+                patcher.detach()
+            return
+        loaded = {id(model): (model, lm.model.model_size()) for lm, model in _loaded(mm)}
+        # Models that ComfyUI has evicted for others are in RAM, and on their donors.
+        evicted = {
+            id(patcher.model): patcher
+            for patcher in list(join.patchers)
+            if id(patcher.model) not in loaded
+        }
+        flagged = [entry for entry in loaded.values() if is_flagged(entry[0])]
+        kept = [entry for entry in loaded.values() if not is_flagged(entry[0])]
+        if not any(is_distorch2(model) for model, _ in loaded.values()):
+            wrapped(*args, **kwargs)
+            flagged = kept = []
         for model, _ in flagged:
             _unload(mm, model)
-        logger.info(f"[MultiGPU] free: ejected {_names(flagged)}; kept {_names(kept)}")
+        for patcher in evicted.values():
+            if is_flagged(patcher.model):
+                patcher.detach()
+                flagged = [*flagged, (patcher.model, patcher.model_size())]
+        if flagged or kept:
+            logger.info(f"[MultiGPU] free: ejected {_names(flagged)}; kept {_names(kept)}")
         if flagged:
             _forget_outputs(join)  # they still hold the ejected models, in RAM
             join.trim_due = True
             mm.soft_empty_cache()
-        return None
 
     return unload_all_models
 
@@ -442,12 +456,13 @@ def _soft_empty_cache(join: MemoryJoin, host: Callable) -> Callable:
             logger.warning(f"[MultiGPU] RAM is above {RAM_THRESHOLD:.0f}%: node outputs are let go")
             join.retention.let_go_all("RAM is short")
             _forget_outputs(join)
-        if any(is_distorch2(model) for _, model in _loaded(mm)):
+        active = any(is_distorch2(model) for _, model in _loaded(mm))
+        if active:
             gc.collect()
             device_utils.empty_caches()
         else:
             host(*args, **kwargs)
-        if join.trim_due:
+        if active or join.trim_due:  # homes are large, and come and go with splits
             device_utils.trim_host_heap()
             join.trim_due = False
         if (args and args[0]) or kwargs.get("force", False):
@@ -506,6 +521,8 @@ class MemoryJoin:
     def __init__(self) -> None:
         self._table = PatchTable()
         self.retention = Retention()
+        # What DisTorch2 loaders have made and somebody still holds, loaded or evicted.
+        self.patchers: weakref.WeakSet = weakref.WeakSet()
         self.executor: Callable = lambda: None  # a weak reference, once a prompt has run
         self.trim_due = False  # models were ejected since the host's heap was trimmed
 
@@ -513,7 +530,7 @@ class MemoryJoin:
         """Patch the loader nodes of ``multigpu``, MultiGPU's package, and ComfyUI's management."""
         import comfy.model_management as mm
 
-        loader = _loader(self.retention)
+        loader = _loader(self)
         for node in distorch2_nodes(multigpu).values():
             self._table.apply(
                 [

@@ -2,9 +2,9 @@
 
     make demo [MULTIGPU_DIR=<checkout of ComfyUI-MultiGPU>]
 
-Runs on the GPU where there is one, else on two simulated accelerators. Prints the split, the bytes
-that moved, and whether the latent equals the unswapped one. Exits with 1 when it does not, or when
-other bytes moved than the table says.
+Runs on the GPU where there is one, else on two simulated accelerators (whose speed says nothing).
+Prints the split, the bytes that moved, as counted by the simulator, and whether the latent equals
+the unswapped one. Exits with 1 when it does not, or when other bytes moved than the table says.
 """
 
 from __future__ import annotations
@@ -83,6 +83,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--multigpu", type=Path, help="checkout of ComfyUI-MultiGPU")
     multigpu = parser.parse_args().multigpu
+    if multigpu is not None and not (multigpu / "distorch_2.py").is_file():
+        parser.error(f"{multigpu} is no checkout of ComfyUI-MultiGPU: it has no distorch_2.py")
+    torch.set_num_threads(1)  # the tensors are tiny
     gpu = torch.cuda.is_available()
     compute, text = "acc:0", "acc:0,12mb;acc:1,3mb;cpu,*"
     if gpu:
@@ -131,14 +134,14 @@ def compare(host: comfy_host.Host, compute: str, text: str, multigpu: str) -> in
         if loaded.model is not None
     )
     passes = 2 * STEPS  # cond and uncond
-    print(f"\n{passes} forward passes:")
+    told = passes * state.split.bytes_per_pass
     as_told = True
+    print(f"\n{passes} forward passes, {told / 2**20:.2f} MiB to move:")
     if compute == "acc:0":
         copies = block_copies(state.split)
-        moved, told = sum(copy.nbytes for copy in copies), passes * state.split.bytes_per_pass
+        moved = sum(copy.nbytes for copy in copies)
         as_told = moved == told
-        print(f"  {moved / 2**20:.2f} MiB of blocks moved up in {len(copies)} copies,")
-        print(f"  {told / 2**20:.2f} MiB were to move")
+        print(f"  {moved / 2**20:.2f} MiB of blocks moved up in {len(copies)} copies")
         simulator.check()
         print("  no race between copies and computation")
     print(f"  the latent is {'bit-equal to' if equal else 'DIFFERENT FROM'} the unswapped one")

@@ -7,7 +7,6 @@ rest goes to standard error. SIGTERM ends it as Ctrl-C does. `rig.server` is its
 """
 
 import argparse
-import gc
 import logging
 import signal
 import sys
@@ -76,7 +75,6 @@ def main() -> None:
         accelerators=options.accelerators > 0,
         argv=["--listen", "127.0.0.1", "--port", str(options.port), *options.argv],
     )
-    gc.freeze()  # spare ComfyUI's collections going through its own modules
     try:
         with mock.patch.object(web, "TCPSite", AnnouncedSite):
             loop.run_until_complete(serve_for_ever())

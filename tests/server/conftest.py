@@ -49,11 +49,7 @@ def start(pytestconfig, tmp_path_factory):
         if plugin:
             nodes["block_swap"] = ROOT
         version = pytestconfig.getoption("comfyui")
-        server = Server(base, nodes, comfyui=version, argv=(*DEFAULT_ARGV, *argv))
-        # serve.py freezes what is there for Python's collector once it serves, the executor's
-        # first caches among it: without this they would hold what they get for ever.
-        server.free(free_memory=True)
-        return server
+        return Server(base, nodes, comfyui=version, argv=(*DEFAULT_ARGV, *argv))
 
     return start
 

@@ -1,8 +1,8 @@
 """The table of "free": who is ejected, who survives, what the next prompt reads."""
 
 import pytest
-from prompts import FILES, PATHS, distorch, graph, loaders, plain, reads
 
+from prompts import FILES, PATHS, distorch, graph, loaders, plain, reads
 from rig.server import PromptError
 
 OUT_OF_MEMORY = "out of memory"

@@ -3,6 +3,7 @@
 from itertools import cycle, islice
 
 import pytest
+
 from prompts import FILES, distorch, graph
 
 FILE = FILES["kept"]
