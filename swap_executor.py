@@ -399,9 +399,9 @@ class BlockSwap:
     def update(self, slots: int) -> None:
         """Take the packs as they lie now, to be swapped through up to ``slots`` slots.
 
-        To be called after packs were moved. Slots that are too many, or of another size, are freed.
+        To be called after packs were moved, for which the copies had to be settled. Slots that are
+        too many, or of another size, are freed.
         """
-        self.settle()
         self._slots_wanted = slots
         self._order = [i for i, p in enumerate(self._packs) if p.device != self.compute_device]
         self._swapped = frozenset(self._order)

@@ -221,3 +221,14 @@ def test_another_load_device_takes_the_model_there(bench):
     assert ledger.allocated["acc:1"] >= bench.state(patcher).split.compute_bytes
     patcher.detach()
     assert torch.isfinite(here).all()
+
+
+def test_planning_anew_waits_for_the_copies_of_the_last_pass(bench):
+    """The last pass has queued copies for the next: their sources are about to move."""
+    patcher = bench.load(bench.distorch("acc:1,*"))
+    before = _run(bench, patcher)
+    patcher.model._distorch_v2_meta = {"full_allocation": "cpu,*#acc:0"}
+    bench.module("distorch2_patch").follow_allocation(patcher)
+    assert torch.equal(_run(bench, patcher), before)
+    assert bench.state(patcher).split.homes == ("cpu",) * 8
+    simulator.check()
