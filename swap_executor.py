@@ -23,6 +23,9 @@ from .device_utils import stream_module, synchronize
 
 logger = logging.getLogger("MultiGPU")
 
+# Offsets in a pack: what CUDA's own allocations guarantee to kernels that load whole vectors.
+ALIGNMENT = 256
+
 _passes = threading.local()
 
 
@@ -30,10 +33,6 @@ def pass_device() -> torch.device | None:
     """The compute device of the pass that this thread is in; ``None`` outside of any."""
     devices = getattr(_passes, "devices", ())
     return devices[-1] if devices else None
-
-
-# Offsets in a pack: what CUDA's own allocations guarantee to kernels that load whole vectors.
-ALIGNMENT = 256
 
 
 @contextmanager
@@ -199,10 +198,6 @@ class Pack:
                     weights.append(_Weight.of(table, name, offset))
                     end = max(end, weights[-1].end)
         return cls(weights, end)
-
-    def tables(self) -> Iterator[dict[str, torch.Tensor | None]]:
-        """The modules' tables that hold the weights of this pack."""
-        return (weight.table for weight in self._weights)
 
     @property
     def device(self) -> torch.device | None:

@@ -20,56 +20,10 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from rig import comfy_host, simulator, tiny_wan  # noqa: E402
+from rig import comfy_host, prompts, simulator, tiny_wan  # noqa: E402
 
 VERSION = next(iter(comfy_host.SOURCES))
 STEPS = 3
-
-
-def prompt(loader: dict, seed: int) -> dict:
-    """A text-to-video prompt in API format; the latent is kept under ``out``."""
-    return {
-        "1": loader,
-        "2": {"class_type": "ProbeConditioning", "inputs": {"seed": 1, "length": 16}},
-        "3": {"class_type": "ProbeConditioning", "inputs": {"seed": 2, "length": 17}},
-        "4": {
-            "class_type": "EmptyHunyuanLatentVideo",
-            "inputs": {"width": 64, "height": 64, "length": 5, "batch_size": 1},
-        },
-        "5": {
-            "class_type": "KSampler",
-            "inputs": {
-                "model": ["1", 0],
-                "seed": seed,
-                "steps": STEPS,
-                "cfg": 5.0,
-                "sampler_name": "euler",
-                "scheduler": "simple",
-                "positive": ["2", 0],
-                "negative": ["3", 0],
-                "latent_image": ["4", 0],
-                "denoise": 1.0,
-            },
-        },
-        "6": {"class_type": "ProbeLatent", "inputs": {"latent": ["5", 0], "key": "out"}},
-    }
-
-
-def loaders(compute: str, text: str) -> tuple[dict, dict]:
-    """The nodes that load the tiny Wan: ComfyUI's own, and DisTorch2's with an allocation."""
-    plain = {"unet_name": "wan.safetensors", "weight_dtype": "default"}
-    distorch = {
-        **plain,
-        "compute_device": compute,
-        "virtual_vram_gb": 0.0,
-        "donor_device": "cpu",
-        "expert_mode_allocations": text,
-        "eject_models": False,
-    }
-    return (
-        {"class_type": "UNETLoader", "inputs": plain},
-        {"class_type": "UNETLoaderDisTorch2MultiGPU", "inputs": distorch},
-    )
 
 
 def block_copies(split) -> list[simulator.Copy]:
@@ -117,15 +71,18 @@ def main() -> int:
 def compare(host: comfy_host.Host, compute: str, text: str, multigpu: str) -> int:
     """Sample with and without the swap; print what happened; 0 where both are the same."""
     latents = host.custom_module("probe").LATENTS
-    plain, distorch = loaders(compute, text)
-    host.run(prompt(plain, seed=1))
+    plain = prompts.plain("wan.safetensors")
+    distorch = prompts.distorch("wan.safetensors", text, compute)
+    host.run(prompts.guided({"1": plain}, "1", 1, STEPS))
     expected = latents.pop("out")
     host.free(unload_models=True, free_memory=True)
 
     print(f"\nComfyUI {VERSION}, MultiGPU: {multigpu}, compute device: {compute}\n", flush=True)
-    host.run(prompt(distorch, seed=2))  # loads the model, and the slots are warm afterwards
+    host.run(
+        prompts.guided({"1": distorch}, "1", 2, STEPS)
+    )  # loads the model, and the slots are warm afterwards
     simulator.ledger.clear_copies()
-    host.run(prompt(distorch, seed=1))
+    host.run(prompts.guided({"1": distorch}, "1", 1, STEPS))
     equal = torch.equal(latents.pop("out"), expected)
 
     state = next(

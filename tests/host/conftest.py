@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rig import comfy_host, simulator, tiny_wan
+from rig import comfy_host, prompts, simulator, tiny_wan
 
 ROOT = Path(__file__).parents[2]
 RIG = ROOT / "tests" / "rig"
@@ -48,68 +48,27 @@ class Workbench:
         return sys.modules[f"{self.plugin.__name__}.{name}"]
 
     def plain(self, file="wan.safetensors"):
-        return {
-            "class_type": "UNETLoader",
-            "inputs": {"unet_name": file, "weight_dtype": "default"},
-        }
+        return prompts.plain(file)
 
-    def distorch(self, text="", virtual_vram=0.0, donor="cpu", compute=COMPUTE, **inputs):
-        return {
-            "class_type": "UNETLoaderDisTorch2MultiGPU",
-            "inputs": {
-                "unet_name": "wan.safetensors",
-                "weight_dtype": "default",
-                "compute_device": compute,
-                "virtual_vram_gb": virtual_vram,
-                "donor_device": donor,
-                "expert_mode_allocations": text,
-                "eject_models": False,
-                **inputs,
-            },
-        }
+    def distorch(self, text="", virtual_vram=0.0, donor="cpu", **inputs):
+        inputs = {"virtual_vram_gb": virtual_vram, "donor_device": donor, **inputs}
+        return prompts.distorch(inputs.pop("unet_name", "wan.safetensors"), text, **inputs)
 
-    def lora(self, loader, strength, file="lora.safetensors"):
+    def lora(self, loader, strength):
         """The nodes of a loader and a LoRA on top of it; node 10 is the model."""
-        inputs = {"model": ["1", 0], "lora_name": file, "strength_model": strength}
-        return {"1": loader, "10": {"class_type": "LoraLoaderModelOnly", "inputs": inputs}}
+        return {"1": loader, "10": prompts.lora("1", strength)}
 
     def sample(self, loader, seed=1, steps=2, model=None, positive="20"):
         """Sample with classifier-free guidance and return the latent, on the CPU.
 
         ``loader`` is a loader node, or nodes by id of which the last is the model.
-        The prompts' lengths keep ComfyUI from batching cond and uncond: two passes a step.
         """
         nodes = loader if "class_type" not in loader else {"1": loader}
-        model = [model or max(nodes, key=int), 0]
-        prompt = {
-            **nodes,
-            "20": {"class_type": "ProbeConditioning", "inputs": {"seed": 1, "length": 16}},
-            "21": {"class_type": "ProbeConditioning", "inputs": {"seed": 2, "length": 17}},
-            "22": {
-                "class_type": "EmptyHunyuanLatentVideo",
-                "inputs": {"width": 64, "height": 64, "length": 5, "batch_size": 1},
-            },
-            "23": {
-                "class_type": "KSampler",
-                "inputs": {
-                    "model": model,
-                    "seed": seed,
-                    "steps": steps,
-                    "cfg": 5.0,
-                    "sampler_name": "euler",
-                    "scheduler": "simple",
-                    "positive": [positive, 0],
-                    "negative": ["21", 0],
-                    "latent_image": ["22", 0],
-                    "denoise": 1.0,
-                },
-            },
-            "24": {"class_type": "ProbeLatent", "inputs": {"latent": ["23", 0], "key": "out"}},
-        }
-        self.host.run(prompt)
+        model = model or max(nodes, key=int)
+        self.host.run(prompts.guided(nodes, model, seed, steps, positive))
         return self.host.custom_module("probe").LATENTS.pop("out")
 
-    def load(self, loader, lora=None):
+    def load(self, loader):
         """The patcher that a loader node makes, outside of any prompt."""
         node = self.host.nodes[loader["class_type"]]
         return getattr(node(), node.FUNCTION)(**loader["inputs"])[0]

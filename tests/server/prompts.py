@@ -1,4 +1,7 @@
-"""Prompts in API format as a front end queues them, and what a test reads off the server."""
+"""The prompts of the server tests, and what a test reads off the server."""
+
+from rig import prompts as nodes
+from rig.prompts import plain
 
 FILES = {"flagged": "wan.safetensors", "kept": "other.safetensors", "plain": "wan.safetensors"}
 PATHS = {role: f"diffusion_models/{file}" for role, file in FILES.items()}
@@ -6,24 +9,8 @@ SPLIT = "acc:0,7mb;acc:1,2mb;cpu,*"
 
 
 def distorch(file, text=SPLIT, **inputs):
-    """A DisTorch2 loader as a workflow of MultiGPU 2.6.3 has it, which knows no `keep_loaded`."""
-    return {
-        "class_type": "UNETLoaderDisTorch2MultiGPU",
-        "inputs": {
-            "unet_name": file,
-            "weight_dtype": "default",
-            "compute_device": "acc:0",
-            "virtual_vram_gb": 0.0,
-            "donor_device": "cpu",
-            "expert_mode_allocations": text,
-            "eject_models": False,
-            **inputs,
-        },
-    }
-
-
-def plain(file):
-    return {"class_type": "UNETLoader", "inputs": {"unet_name": file, "weight_dtype": "default"}}
+    """A DisTorch2 loader with a split over all three devices."""
+    return nodes.distorch(file, text, **inputs)
 
 
 def loaders(*roles, keep=True):
@@ -42,44 +29,23 @@ def graph(loaders, seed=1, steps=1, out_of_memory=0, lora=None):
     With `out_of_memory` the model of the last one fails at its first evaluation, when it is the
     process's that manieth such graph. With `lora`, a strength, a LoRA lies on top of each.
     """
-    nodes = {
-        "1": {"class_type": "ProbeConditioning", "inputs": {"seed": 1, "length": 16}},
-        "2": {
-            "class_type": "EmptyHunyuanLatentVideo",
-            "inputs": {"width": 64, "height": 64, "length": 5, "batch_size": 1},
-        },
-    }
+    prompt = {"1": nodes.conditioning(1), "2": nodes.EMPTY_LATENT}
     for role, loader in loaders.items():
         # One model, one place in the workflow.
         first = 10 + 10 * list(FILES).index(role)
-        model = [str(first), 0]
-        nodes[str(first)] = loader
+        ids = [str(first + offset) for offset in range(5)]
+        model = ids[0]
+        prompt[model] = loader
         if lora is not None:
-            inputs = {"model": model, "lora_name": "lora.safetensors", "strength_model": lora}
-            nodes[str(first + 1)] = {"class_type": "LoraLoaderModelOnly", "inputs": inputs}
-            model = [str(first + 1), 0]
+            prompt[ids[1]] = nodes.lora(model, lora)
+            model = ids[1]
         if out_of_memory and role == list(loaders)[-1]:
-            inputs = {"model": model, "times": out_of_memory}
-            nodes[str(first + 2)] = {"class_type": "ProbeOutOfMemory", "inputs": inputs}
-            model = [str(first + 2), 0]
-        nodes[str(first + 3)] = {
-            "class_type": "KSampler",
-            "inputs": {
-                "model": model,
-                "seed": seed,
-                "steps": steps,
-                "cfg": 1.0,
-                "sampler_name": "euler",
-                "scheduler": "simple",
-                "positive": ["1", 0],
-                "negative": ["1", 0],
-                "latent_image": ["2", 0],
-                "denoise": 1.0,
-            },
-        }
-        inputs = {"latent": [str(first + 3), 0], "key": role}
-        nodes[str(first + 4)] = {"class_type": "ProbeLatent", "inputs": inputs}
-    return nodes
+            inputs = {"model": [model, 0], "times": out_of_memory}
+            prompt[ids[2]] = {"class_type": "ProbeOutOfMemory", "inputs": inputs}
+            model = ids[2]
+        prompt[ids[3]] = nodes.sampler(model, "1", "1", "2", seed, steps, cfg=1.0)
+        prompt[ids[4]] = nodes.probe(ids[3], role)
+    return prompt
 
 
 def reads(before, after):
