@@ -24,7 +24,8 @@ export RUFF_CACHE_DIR = .cache/ruff
 # want simulated devices of another size. The two versions also load the two custom nodes in either
 # order.
 test: $(READY)
-	$(PYTEST) tests/unit tests/simulator
+	$(PYTEST) tests/unit
+	$(PYTEST) tests/simulator
 	$(PYTEST) tests/simulated
 	set -e; order=; for version in $(COMFYUI); do \
 		for multigpu in double $(if $(MULTIGPU_DIR),"$(MULTIGPU_DIR)"); do \
