@@ -257,6 +257,21 @@ def test_short_ram_lets_retained_models_go_with_hysteresis(bench, management, mo
     assert seen == expected
 
 
+def test_short_ram_forgets_outputs_and_what_was_kept(
+    bench, management, retention, reads, monkeypatch
+):
+    bench.sample(bench.distorch(SPLIT, keep_loaded=True))
+    usage = management.psutil.virtual_memory()._replace(percent=95.0)
+    monkeypatch.setattr(management.psutil, "virtual_memory", lambda: usage)
+    bench.mm.soft_empty_cache()
+    assert len(retention) == 0
+    assert bench.mm.current_loaded_models == []
+    monkeypatch.undo()
+    assert ledger.allocated["acc:1"] == 0
+    bench.sample(bench.distorch(SPLIT, keep_loaded=True), 2)
+    assert len(retention) == 1
+
+
 def test_soft_empty_cache_clears_all_devices_when_distorch2_is_active(bench, monkeypatch):
     cleared = []
     empty_cache = type(torch.acc).empty_cache
@@ -353,7 +368,8 @@ def test_two_experts_switch_without_losing_their_donors_blocks(bench, monkeypatc
 
         monkeypatch.setattr(bench.mm, "get_free_memory", get_free_memory)
         ledger.clear_copies()
-        for round in range(4):
+        in_ram = []
+        for round in range(6):
             bench.mm.load_models_gpu([patchers[round % 2]])
             states = [bench.state(p) for p in patchers if hasattr(p.model, "_distorch2_block_swap")]
             away = [state for state in states if state is not bench.state(patchers[round % 2])]
@@ -361,7 +377,10 @@ def test_two_experts_switch_without_losing_their_donors_blocks(bench, monkeypatc
                 held = sum(p.nbytes for p in state.packs if str(p.device) == "acc:1")
                 assert held == donors
             assert all(state.compute_bytes() < share for state in away)
+            packs = [pack for state in states for pack in state.all_packs()]
+            in_ram.append(sum(pack.nbytes for pack in packs if pack.device.type == "cpu"))
         assert ledger.bytes_moved("acc:1", None) == 0
+        assert len(set(in_ram[1:])) == 1  # from the first switch on
 
 
 def test_the_signature_of_the_loaders_is_what_multigpu_made_it(bench):
