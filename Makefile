@@ -6,6 +6,7 @@
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 COMFYUI ?= 0.30.0 0.18.2
+SMOKE ?= 0.27.0 0.24.0 0.20.1 0.16.3
 MULTIGPU_DIR ?=
 GGUF_DIR ?=
 
@@ -33,6 +34,9 @@ test: $(READY)
 			$(PYTEST) tests/server --comfyui $$version --multigpu "$$multigpu"; \
 		done; \
 		order=--plugin-first; \
+	done
+	set -e; for version in $(SMOKE); do \
+		$(PYTEST) tests/host/test_split_and_run.py -k bit_equal --comfyui $$version; \
 	done
 	$(PY) bench/simulated_grid.py --limit 1.05
 
