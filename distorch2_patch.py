@@ -148,7 +148,7 @@ class SwappedModel:
         self.split = self._plan(allocation)
         compute = device_utils.torch_device(self.split.compute_device)
         self.swap = BlockSwap(compute, self.packs, indices)
-        self.loaded = False
+        self._placed: Split | None = None
         self._diffusion_model = weakref.ref(diffusion_model)
         self._undrive: Callable[[], None] | None = None
         self._foreign_bytes = 0
@@ -163,6 +163,11 @@ class SwappedModel:
         """Plan anew if the allocation is another; the next load moves what has to move."""
         if allocation != self.split.allocation:
             self.split = self._plan(allocation)
+
+    @property
+    def loaded(self) -> bool:
+        """Whether the model is placed by a split, and driven."""
+        return self._placed is not None
 
     def all_packs(self) -> list[Pack]:
         """The packs of the blocks, and that of the non-block weights."""
@@ -205,20 +210,23 @@ class SwappedModel:
         """
         compute = self.swap.compute_device
         homes = [device_utils.torch_device(home) for home in self.split.homes]
-        if self.loaded and [pack.device for pack in self.packs] == homes:
+        if self._placed is self.split and [pack.device for pack in self.packs] == homes:
             return
         logger.info(self.split.table())
-        self.swap.settle()
+        self.swap.drop_slots()
         self.non_block.place(compute)
         for module in _beside(model):
             module.to(compute)
-        for pack, home in zip(self.packs, homes, strict=True):
+        # What leaves the compute device goes first: it never holds more than the split says.
+        for pack, home in sorted(
+            zip(self.packs, homes, strict=True), key=lambda p: p[1] == compute
+        ):
             pack.place(home)
             if pack.device != compute and pack.device.type == "cpu":
                 pack.lock(pin, unpin)
         # A split without slots needs some once ``give_back`` has taken its resident blocks away.
         self.swap.update(self.split.slots or 2)
-        self.loaded = True
+        self._placed = self.split
         self._start_driving()
 
     def give_back(self, nbytes: int, offload_device: torch.device) -> int:
@@ -250,7 +258,7 @@ class SwappedModel:
                 pack.unlock()
                 pack.place(storage)
         self._stop_driving()
-        self.loaded = False
+        self._placed = None
         return storage
 
     def _storage(self, device: torch.device) -> torch.device:

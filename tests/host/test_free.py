@@ -154,6 +154,24 @@ def test_a_changed_string_plans_the_kept_model_anew(bench, reference, retention,
     assert len(retention) == 1
 
 
+def test_planning_anew_changes_slots_alone_and_never_exceeds_either_split(bench, retention):
+    def sample(text):
+        bench.sample(bench.distorch(text, keep_loaded=True))
+        return bench.state().split
+
+    before = ledger.allocated[COMPUTE]
+    first, second = sample("acc:0,8mb;cpu,*"), sample("cpu,*")
+    assert first.homes == second.homes
+    assert (first.slots, second.slots) == (3, 2)
+    assert 0 <= ledger.allocated[COMPUTE] - before - second.compute_bytes < 20_000
+    ledger.reset_peak()
+    patcher = bench.loaded()
+    patcher.model._distorch_v2_meta = {"full_allocation": "acc:0,14mb;cpu,*#acc:0"}
+    bench.module("distorch2_patch").follow_allocation(patcher)
+    bench.mm.load_models_gpu([patcher])
+    assert ledger.peak[COMPUTE] - before <= bench.state().split.compute_bytes + 20_000
+
+
 def test_virtual_vram_inputs_are_stored_as_multigpu_stores_them(bench, management, retention):
     for inputs in (
         {"text": SPLIT, "virtual_vram": 0.0},
