@@ -581,7 +581,8 @@ def patchers_of(outputs) -> Iterator:
             getattr(output, "patcher", None),
             getattr(output, "control_model_wrapped", None),
         ):
-            if hasattr(patcher, "model") and hasattr(patcher, "load_device"):
+            # CLIP vision has a model and a load device, but is no patcher.
+            if hasattr(patcher, "model") and hasattr(patcher, "model_patches_to"):
                 yield patcher
 
 

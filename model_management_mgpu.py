@@ -12,6 +12,7 @@ import inspect
 import logging
 import sys
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from types import ModuleType
 import psutil
 
 from . import device_utils
-from .allocation_parser import CPU, GIB
+from .allocation_parser import CPU, GIB, AllocationError
 from .distorch2_patch import (
     META,
     allocation_text,
@@ -133,14 +134,26 @@ class Retained:
 class Retention:
     """Holds the outputs of loader nodes whose user said keep, by loader and model inputs.
 
-    ComfyUI forgets node outputs when memory is freed, and a model that nobody holds is gone.
+    ComfyUI forgets node outputs when memory is freed, and a model that nobody holds is gone. Where
+    it still caches the outputs of an earlier prompt, ``generation`` tells it whether they are what
+    the loader would give now; what was let go is then found again, as long as somebody holds it.
     """
 
     def __init__(self) -> None:
         self._retained: dict[tuple, Retained] = {}
+        self._let_go: dict[tuple, tuple[list[weakref.ref], list[FileState]]] = {}
+        self._generations: Counter = Counter()
 
     def __len__(self) -> int:
         return len(self._retained)
+
+    def generation(self, key: tuple) -> int:
+        """How often what the loader gives for ``key`` has become another thing."""
+        return self._generations[key]
+
+    def changed(self, key: tuple) -> None:
+        """What the loader gives for ``key`` has become another thing."""
+        self._generations[key] += 1
 
     def hold(self, key: tuple, retained: Retained) -> None:
         """Hold the outputs of a loader, for its owners and those that it was held for before."""
@@ -149,7 +162,7 @@ class Retention:
         self._retained[key] = retained
 
     def find(self, key: tuple, owner) -> Retained | None:
-        """What is held under ``key``, provided that its files are unchanged.
+        """What is held under ``key``, or was and still lives, if its files are unchanged.
 
         What else was held for the node ``owner`` alone is let go: its inputs have changed.
         """
@@ -158,16 +171,27 @@ class Retention:
                 retained.owners.discard(owner)
                 if not retained.owners:
                     self.let_go(other, "its loader has other inputs")
+        self.revive(key)
         retained = self._retained.get(key)
-        if retained is not None and not all(file.unchanged() for file in retained.files):
-            self.let_go(key, "its file has changed")
-            return None
-        return retained
+        if retained is None or all(file.unchanged() for file in retained.files):
+            return retained
+        self.let_go(key, "its file has changed")
+        return None
+
+    def revive(self, key: tuple) -> None:
+        """Hold again what was let go, if somebody else has held it since."""
+        references, files = self._let_go.pop(key, ((), []))
+        outputs = tuple(reference() for reference in references)
+        if outputs and None not in outputs:
+            self._retained.setdefault(key, Retained(outputs, files))
 
     def let_go(self, key: tuple, reason: str) -> None:
         """Stop holding one entry, and take its models off their devices."""
         mm = sys.modules["comfy.model_management"]
-        for patcher in patchers_of(self._retained.pop(key).outputs):
+        retained = self._retained.pop(key)
+        self.changed(key)
+        self._let_go[key] = ([weakref.ref(output) for output in retained.outputs], retained.files)
+        for patcher in patchers_of(retained.outputs):
             logger.info(f"[MultiGPU] no longer kept, {reason}: {type(patcher.model).__name__}")
             _unload(mm, patcher.model)
             patcher.detach()  # where ComfyUI had evicted it already
@@ -179,7 +203,8 @@ class Retention:
 
     def forget(self, key: tuple) -> None:
         """Stop holding an entry; its models stay where they are."""
-        self._retained.pop(key, None)
+        if self._retained.pop(key, None) is not None:
+            self.changed(key)
 
 
 @contextmanager
@@ -218,11 +243,17 @@ def _files_read() -> Iterator[list[FileState]]:
         files.extend(seen.values())
 
 
-def _model_key(node, args: tuple, kwargs: dict) -> tuple:
+def _model_key(node_class: str, args: tuple, kwargs: dict) -> tuple:
     """What tells one model from another: the loader, and its inputs but those of placement."""
     placement = {prefix + name for prefix in PART_PREFIXES for name in PLACEMENT_INPUTS}
     inputs = sorted((name, repr(value)) for name, value in kwargs.items() if name not in placement)
-    return (type(node).__name__, repr(args), *inputs)
+    return (node_class, repr(args), *inputs)
+
+
+def _is_retainable(retained: Retained, inputs: dict) -> bool:
+    """Whether the files and inputs that a model came from can be told from others."""
+    plain = (str, int, float, type(None))
+    return bool(retained.files) and all(isinstance(value, plain) for value in inputs.values())
 
 
 def _executing_node():
@@ -257,25 +288,35 @@ def _stored_allocation(inputs: dict, prefix: str) -> str:
     return f"{expert}#{virtual}" if expert or virtual else ""
 
 
-def _place_anew(outputs: tuple, inputs: dict) -> bool:
-    """Give retained outputs the allocations of these inputs; whether that is possible.
+def _place_anew(outputs: tuple, inputs: dict) -> bool | None:
+    """Give retained outputs the allocations of these inputs: whether that changes anything.
 
-    A model that had an allocation and is to have none, or the reverse, has to be loaded anew.
+    ``None`` where it is not possible: a model that had an allocation and is to have none, or the
+    reverse, has to be loaded anew.
 
     Raises:
-        AllocationError: a string cannot be followed as written.
+        AllocationError: a string cannot be followed as written; every part keeps what it had.
     """
     texts = stored_allocations(inputs)
     parts = {n: next(patchers_of(outputs[n : n + 1]), None) for n in texts}
     parts = {n: patcher for n, patcher in parts.items() if patcher is not None}
-    if any(bool(allocation_text(p.model)) != bool(texts[n]) for n, p in parts.items()):
-        return False
-    for n, patcher in parts.items():
-        if texts[n]:
-            setattr(patcher.model, META, {"full_allocation": texts[n]})
-            if is_swapped_here(patcher):
-                follow_allocation(patcher)
-    return True
+    before = {n: allocation_text(patcher.model) for n, patcher in parts.items()}
+    if any(bool(before[n]) != bool(texts[n]) for n in parts):
+        return None
+    try:
+        for n, patcher in parts.items():
+            if texts[n]:
+                setattr(patcher.model, META, {"full_allocation": texts[n]})
+                if is_swapped_here(patcher):
+                    follow_allocation(patcher)
+    except AllocationError:
+        for n, patcher in parts.items():
+            if before[n]:
+                setattr(patcher.model, META, {"full_allocation": before[n]})
+                if is_swapped_here(patcher):
+                    follow_allocation(patcher)
+        raise
+    return any(before[n] != texts[n] for n in parts)
 
 
 # --------------------------------------------------------------------------------------------
@@ -292,7 +333,7 @@ def with_keep_loaded(wrapped, instance, args, kwargs):
     return inputs
 
 
-def _loader(join: MemoryJoin) -> Callable:
+def _loader(join: MemoryJoin, node_class: str) -> Callable:
     retention = join.retention
 
     def load(wrapped, node, args, kwargs):
@@ -302,14 +343,20 @@ def _loader(join: MemoryJoin) -> Callable:
             kwargs = {name: value for name, value in kwargs.items() if name != "keep_loaded"}
         defaults = {n: p.default for n, p in parameters.items() if p.default is not p.empty}
         inputs = {**defaults, **kwargs}
-        key, owner = _model_key(node, args, kwargs), _executing_node()
+        key, owner = _model_key(node_class, args, kwargs), _executing_node()
         mm = sys.modules["comfy.model_management"]
 
         retained = retention.find(key, owner)
-        if retained is not None and not _place_anew(retained.outputs, inputs):
-            retention.let_go(key, "its allocation came or went")
-            retained = None
+        if retained is not None:
+            moves = _place_anew(retained.outputs, inputs)
+            if moves is None:
+                retention.let_go(key, "its allocation came or went")
+                retained = None
+            elif moves:
+                retention.changed(key)
         if retained is None:
+            if join.watch.is_short():
+                retention.let_go_all("RAM is short")
             with _files_read() as files:
                 retained = Retained(wrapped(*args, **kwargs), files)
         elif inputs.get("eject_models"):
@@ -323,7 +370,7 @@ def _loader(join: MemoryJoin) -> Callable:
         for _, model in _loaded(mm):
             if getattr(model, KEEP, False):
                 set_keep(model, True)
-        if keep and retained.files:
+        if keep and _is_retainable(retained, kwargs):
             retained.owners.add(owner)
             retention.hold(key, retained)
         else:
@@ -331,6 +378,20 @@ def _loader(join: MemoryJoin) -> Callable:
         return retained.outputs
 
     return load
+
+
+def _is_changed(join: MemoryJoin, node_class: str) -> Callable:
+    """A loader whose cached outputs are not what it would give now has changed."""
+
+    def is_changed(wrapped, instance, args, kwargs):
+        key = _model_key(node_class, args, kwargs)
+        if kwargs.get("keep_loaded"):
+            # ComfyUI drops its outputs of the earlier prompt before the loader runs.
+            join.retention.revive(key)
+        own, generation = wrapped(*args, **kwargs), join.retention.generation(key)
+        return f"{own}/{generation}" if generation else own
+
+    return is_changed
 
 
 # --------------------------------------------------------------------------------------------
@@ -356,32 +417,36 @@ def _unload_all_models(join: MemoryJoin) -> Callable:
             for patcher in list(join.patchers):
                 patcher.detach()
             return
-        loaded = {id(model): (model, lm.model.model_size()) for lm, model in _loaded(mm)}
-        # Models that ComfyUI has evicted for others are in RAM, and on their donors.
-        evicted = {
-            id(patcher.model): patcher
-            for patcher in list(join.patchers)
-            if id(patcher.model) not in loaded
-        }
-        flagged = [entry for entry in loaded.values() if is_flagged(entry[0])]
-        kept = [entry for entry in loaded.values() if not is_flagged(entry[0])]
-        if not any(is_distorch2(model) for model, _ in loaded.values()):
+        if not any(is_distorch2(model) for _, model in _loaded(mm)):
             wrapped(*args, **kwargs)
-            flagged = kept = []
-        for model, _ in flagged:
-            _unload(mm, model)
-        for patcher in evicted.values():
-            if is_flagged(patcher.model):
-                patcher.detach()
-                flagged = [*flagged, (patcher.model, patcher.model_size())]
-        if flagged or kept:
-            logger.info(f"[MultiGPU] free: ejected {_names(flagged)}; kept {_names(kept)}")
-        if flagged:
-            _forget_outputs(join)  # they still hold the ejected models, in RAM
-            join.trim_due = True
-            mm.soft_empty_cache()
+            ejected = _eject(join, mm, evicted_only=True)
+        else:
+            ejected = _eject(join, mm, evicted_only=False)
+        if ejected:
+            _forget_models(join, ejected)
+            device_utils.empty_caches()
+            join.trim_due = True  # what ComfyUI forgets besides is freed in its own time
 
     return unload_all_models
+
+
+def _eject(join: MemoryJoin, mm: ModuleType, evicted_only: bool) -> list[weakref.ref]:
+    """Take every flagged model off all devices; weak references to them."""
+    loaded = {id(model): (model, lm.model.model_size()) for lm, model in _loaded(mm)}
+    # Models that ComfyUI has evicted for others are in RAM, and on their donors.
+    evicted = [p for p in list(join.patchers) if id(p.model) not in loaded and is_flagged(p.model)]
+    if evicted_only:
+        loaded = {}
+    flagged = [entry for entry in loaded.values() if is_flagged(entry[0])]
+    kept = [entry for entry in loaded.values() if not is_flagged(entry[0])]
+    for model, _ in flagged:
+        _unload(mm, model)
+    for patcher in evicted:
+        patcher.detach()
+        flagged.append((patcher.model, patcher.model_size()))
+    if flagged or kept:
+        logger.info(f"[MultiGPU] free: ejected {_names(flagged)}; kept {_names(kept)}")
+    return [weakref.ref(model) for model, _ in flagged]
 
 
 def _names(entries: list[tuple[object, int]]) -> str:
@@ -418,6 +483,32 @@ def _forget_outputs(join: MemoryJoin) -> None:
         executor.reset()
 
 
+def _forget_models(join: MemoryJoin, models: list[weakref.ref]) -> None:
+    """Have ComfyUI forget the node outputs that hold these inner models, or else all of them.
+
+    Other models live in node outputs too, and are to stay; but RAM is free only when nothing, a
+    guider for instance, holds an ejected one.
+    """
+    executor = join.executor()
+    for cache in executor.caches.all if executor is not None else ():
+        _drop_entries(cache, {id(reference()) for reference in models})
+    gc.collect()
+    if any(reference() is not None for reference in models):
+        _forget_outputs(join)
+        gc.collect()
+
+
+def _drop_entries(cache, models: set[int]) -> None:
+    """Drop the entries of one of ComfyUI's node caches that hold inner models, given by id."""
+    entries = getattr(cache, "cache", {})
+    for key, entry in list(entries.items()):
+        values = [value for slot in getattr(entry, "outputs", ()) or () for value in slot]
+        if any(id(patcher.model) in models for patcher in patchers_of(values)):
+            del entries[key]
+    for subcache in getattr(cache, "subcaches", {}).values():
+        _drop_entries(subcache, models)
+
+
 def _prompt_queue():
     """ComfyUI's prompt queue, or ``None`` before there is a server."""
     server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
@@ -446,13 +537,12 @@ class RamWatch:
 
 def _soft_empty_cache(join: MemoryJoin, host: Callable) -> Callable:
     """``host`` is ComfyUI's own function: what MultiGPU put over it is done here."""
-    watch = RamWatch()
 
     def soft_empty_cache(wrapped, instance, args, kwargs):
         mm = sys.modules["comfy.model_management"]
         queue = _prompt_queue()
         running = queue is not None and bool(queue.currently_running)
-        if not running and watch.is_short():
+        if not running and join.watch.is_short():
             logger.warning(f"[MultiGPU] RAM is above {RAM_THRESHOLD:.0f}%: node outputs are let go")
             join.retention.let_go_all("RAM is short")
             _forget_outputs(join)
@@ -524,20 +614,21 @@ class MemoryJoin:
         # What DisTorch2 loaders have made and somebody still holds, loaded or evicted.
         self.patchers: weakref.WeakSet = weakref.WeakSet()
         self.executor: Callable = lambda: None  # a weak reference, once a prompt has run
+        self.watch = RamWatch()
         self.trim_due = False  # models were ejected since the host's heap was trimmed
 
     def install(self, multigpu: ModuleType) -> None:
         """Patch the loader nodes of ``multigpu``, MultiGPU's package, and ComfyUI's management."""
         import comfy.model_management as mm
 
-        loader = _loader(self)
-        for node in distorch2_nodes(multigpu).values():
-            self._table.apply(
-                [
-                    Patch(node, "INPUT_TYPES", with_keep_loaded),
-                    Patch(node, node.FUNCTION, loader),
-                ]
-            )
+        for node_class, node in distorch2_nodes(multigpu).items():
+            patches = [
+                Patch(node, "INPUT_TYPES", with_keep_loaded),
+                Patch(node, node.FUNCTION, _loader(self, node_class)),
+            ]
+            if hasattr(node, "IS_CHANGED"):
+                patches.append(Patch(node, "IS_CHANGED", _is_changed(self, node_class)))
+            self._table.apply(patches)
         # MultiGPU's replacement clears all devices too, and fails where there is no server yet.
         module = sys.modules.get(mm.soft_empty_cache.__module__)
         host = getattr(module, "original_soft_empty_cache", mm.soft_empty_cache)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from conftest import COMPUTE
-from rig import simulator
+from rig import prompts, simulator
 
 ledger = simulator.ledger
 SPLIT = "acc:0,12mb;acc:1,8mb;cpu,*"
@@ -113,12 +113,23 @@ def test_free_parts_the_kept_from_the_flagged(bench, retention, reads):
     assert [loaded.model.model for loaded in bench.mm.current_loaded_models] == [kept]
 
 
-def test_a_model_of_another_loader_is_kept_beside_distorch2_models(bench, retention):
-    bench.sample(bench.plain("other.safetensors"))
-    plain = bench.mm.current_loaded_models[0].model
-    bench.sample(bench.distorch("acc:0,8mb;cpu,*"))
+def test_a_model_of_another_loader_is_kept_beside_distorch2_models(bench, retention, reads):
+    prompt = {
+        **prompts.guided({"1": bench.plain("other.safetensors")}, "1", 1, 2),
+        "2": bench.distorch("acc:0,8mb;cpu,*"),
+        "33": prompts.sampler("2", "20", "21", "22", 1, 2, cfg=5.0),
+        "34": prompts.probe("33", "swapped"),
+    }
+    bench.host.run(prompt)
+    assert len(bench.mm.current_loaded_models) == 2
+    reads.clear()
     bench.host.free(unload_models=True)
-    assert [loaded.model for loaded in bench.mm.current_loaded_models] == [plain]
+    (loaded,) = bench.mm.current_loaded_models
+    assert not hasattr(loaded.model.model, "_distorch_v2_meta")
+    del loaded
+    prompt["23"]["inputs"]["seed"] = prompt["33"]["inputs"]["seed"] = 2
+    bench.host.run(prompt)
+    assert reads == ["wan.safetensors"]  # and not the other
 
 
 def test_without_distorch2_models_free_is_comfyuis(bench, retention):
@@ -404,3 +415,74 @@ def test_two_experts_switch_without_losing_their_donors_blocks(bench, monkeypatc
 def test_the_signature_of_the_loaders_is_what_multigpu_made_it(bench):
     node = bench.host.nodes["UNETLoaderDisTorch2MultiGPU"]
     assert "virtual_vram_gb" in inspect.signature(node.override).parameters
+
+
+def test_a_kept_model_that_ran_out_of_memory_is_kept_again(bench, retention, reads):
+    keep = bench.distorch(SPLIT, keep_loaded=True)
+    bench.sample(keep)
+    try:
+        raise torch.OutOfMemoryError("simulated")
+    except torch.OutOfMemoryError:
+        bench.mm.unload_all_models()
+    reads.clear()
+    bench.sample(keep, 2)  # ComfyUI still has the loader's output
+    assert reads == []
+    assert len(retention) == 1
+    free(bench)
+    bench.sample(keep)
+    assert reads == []
+
+
+@pytest.mark.parametrize("lru", [False, True])
+def test_going_back_to_an_earlier_string_plans_anew(bench, retention, reads, lru):
+    """A node cache that keeps more than the last prompt must not hide that the plan has changed."""
+    import comfy_execution.caching as caching
+
+    executor = bench.host.executor
+    if lru:
+        outputs = caching.LRUCache(caching.CacheKeySetInputSignature, max_size=50)
+        executor.caches.outputs = executor.caches.all[0] = outputs
+    homes = []
+    for text in (SPLIT, "acc:0,8mb;cpu,*", SPLIT):
+        bench.sample(bench.distorch(text, keep_loaded=True))
+        homes.append(bench.state().split.homes)
+    executor.reset()
+    assert homes[0] == homes[2] != homes[1]
+    assert reads.count("wan.safetensors") <= 1
+
+
+def test_a_bad_string_on_a_kept_model_loses_nothing(bench, reference, retention, reads):
+    from rig.comfy_host import PromptError
+
+    keep = bench.distorch(SPLIT, keep_loaded=True)
+    bench.sample(keep)
+    reads.clear()
+    with pytest.raises(PromptError, match="AllocationError"):
+        bench.sample(bench.distorch("acc:9,1gb", keep_loaded=True))
+    assert len(retention) == 1
+    assert bench.loaded().model._distorch_v2_meta["full_allocation"].startswith(SPLIT)
+    assert torch.equal(bench.sample(keep, 2), reference[2])
+    assert reads == []
+
+
+def test_clip_vision_is_flagged_by_its_patcher_and_let_go(bench, retention, monkeypatch):
+    """It has a model and a load device of its own, and is no patcher."""
+    import comfy.model_patcher
+
+    class Vision:
+        def __init__(self):
+            self.model = torch.nn.Linear(2, 2)
+            self.load_device = torch.device("cpu")
+            cpu = torch.device("cpu")
+            self.patcher = comfy.model_patcher.ModelPatcher(self.model, cpu, cpu)
+
+    node = bench.host.nodes["CLIPVisionLoaderDisTorch2MultiGPU"]
+    vision = Vision()
+    monkeypatch.setattr(node.__mro__[1], "load_clip", lambda self, **_: (vision,))
+    outputs = node().override(clip_name="x", keep_loaded=True, eject_models=False)
+    assert outputs == (vision,)
+    assert vision.model._mgpu_unload_distorch_model is False
+    try:
+        raise torch.OutOfMemoryError("simulated")
+    except torch.OutOfMemoryError:
+        bench.mm.unload_all_models()
