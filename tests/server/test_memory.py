@@ -46,11 +46,11 @@ def test_an_ejected_models_memory_is_given_back(start, request, allocator):
     """90% of its size at the least, also by `unload_models` alone, which empties no node cache."""
     if allocator == "exact":
         request.getfixturevalue("exact")
-    prompt = graph({"flagged": distorch(FILE, "acc:0,50%;acc:1,20%;cpu,30%")})
+    loader = {"flagged": distorch(FILE, "acc:0,50%;acc:1,20%;cpu,30%")}
     with start(layers=6, dim=1024, ffn=4096) as server:
         size = (server.base / "models" / "diffusion_models" / FILE).stat().st_size
-        for asked in ({"unload_models": True}, {"free_memory": True}):
-            server.queue(prompt)
+        for seed, asked in enumerate(({"unload_models": True}, {"free_memory": True})):
+            server.queue(graph(loader, seed=seed))
             before = server.probe()
             server.free(**asked)
             after = server.probe()
