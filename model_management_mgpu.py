@@ -14,7 +14,7 @@ import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -190,7 +190,9 @@ class Retention:
         mm = sys.modules["comfy.model_management"]
         retained = self._retained.pop(key)
         self.changed(key)
-        self._let_go[key] = ([weakref.ref(output) for output in retained.outputs], retained.files)
+        with suppress(TypeError):  # a checkpoint without a CLIP gives None for it
+            references = [weakref.ref(output) for output in retained.outputs]
+            self._let_go[key] = (references, retained.files)
         for patcher in patchers_of(retained.outputs):
             logger.info(f"[MultiGPU] no longer kept, {reason}: {type(patcher.model).__name__}")
             _unload(mm, patcher.model)

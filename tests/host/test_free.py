@@ -486,3 +486,27 @@ def test_clip_vision_is_flagged_by_its_patcher_and_let_go(bench, retention, monk
         raise torch.OutOfMemoryError("simulated")
     except torch.OutOfMemoryError:
         bench.mm.unload_all_models()
+
+
+def test_a_kept_checkpoint_with_its_other_outputs(bench, reference, retention, reads):
+    loader = {
+        "class_type": "CheckpointLoaderSimpleDisTorch2MultiGPU",
+        "inputs": {
+            "ckpt_name": "wan.safetensors",
+            "compute_device": COMPUTE,
+            "virtual_vram_gb": 0.0,
+            "donor_device": "cpu",
+            "expert_mode_allocations": SPLIT,
+            "eject_models": False,
+            "keep_loaded": True,
+        },
+    }
+    bench.sample(loader)
+    assert len(retention) == 1
+    reads.clear()
+    free(bench)
+    assert torch.equal(bench.sample(loader, 2), reference[2])
+    assert reads == []
+    retention.let_go_all("the test says so")
+    assert bench.mm.current_loaded_models == []
+    assert torch.equal(bench.sample(loader), reference[1])
