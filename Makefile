@@ -23,15 +23,19 @@ export RUFF_CACHE_DIR = .cache/ruff
 
 # One process boots one ComfyUI, so every combination is a run of its own, as are the tests that
 # want simulated devices of another size. The two versions also load the two custom nodes in either
-# order.
+# order. The server's tests run beside the others and are shown when both are done.
 test: $(READY)
 	$(PYTEST) tests/unit
 	$(PYTEST) tests/simulator
 	$(PYTEST) tests/simulated
 	set -e; order=; for version in $(COMFYUI); do \
 		for multigpu in double $(if $(MULTIGPU_DIR),"$(MULTIGPU_DIR)"); do \
-			$(PYTEST) tests/host --comfyui $$version --multigpu "$$multigpu" $(GGUF) $$order; \
-			$(PYTEST) tests/server --comfyui $$version --multigpu "$$multigpu"; \
+			$(PYTEST) tests/server --comfyui $$version --multigpu "$$multigpu" \
+				> .cache/server.log 2>&1 & server=$$!; \
+			$(PYTEST) tests/host --comfyui $$version --multigpu "$$multigpu" $(GGUF) $$order \
+				|| { kill $$server; exit 1; }; \
+			wait $$server || { cat .cache/server.log; exit 1; }; \
+			cat .cache/server.log; \
 		done; \
 		order=--plugin-first; \
 	done
