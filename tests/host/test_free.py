@@ -489,18 +489,7 @@ def test_clip_vision_is_flagged_by_its_patcher_and_let_go(bench, retention, monk
 
 
 def test_a_kept_checkpoint_with_its_other_outputs(bench, reference, retention, reads):
-    loader = {
-        "class_type": "CheckpointLoaderSimpleDisTorch2MultiGPU",
-        "inputs": {
-            "ckpt_name": "wan.safetensors",
-            "compute_device": COMPUTE,
-            "virtual_vram_gb": 0.0,
-            "donor_device": "cpu",
-            "expert_mode_allocations": SPLIT,
-            "eject_models": False,
-            "keep_loaded": True,
-        },
-    }
+    loader = prompts.checkpoint("wan.safetensors", SPLIT, keep_loaded=True)
     bench.sample(loader)
     assert len(retention) == 1
     reads.clear()

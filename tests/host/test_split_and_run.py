@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from conftest import COMPUTE
-from rig import simulator
+from rig import prompts, simulator
 
 ledger = simulator.ledger
 
@@ -122,17 +122,7 @@ def test_every_plain_precision(bench, monkeypatch, flag):
 
 def test_the_checkpoint_loaders_distorch2_forms(bench, reference):
     expected = reference[1]
-    simple = {
-        "class_type": "CheckpointLoaderSimpleDisTorch2MultiGPU",
-        "inputs": {
-            "ckpt_name": "wan.safetensors",
-            "compute_device": COMPUTE,
-            "virtual_vram_gb": 0.0,
-            "donor_device": "cpu",
-            "expert_mode_allocations": "acc:0,8mb;cpu,*",
-            "eject_models": False,
-        },
-    }
+    simple = prompts.checkpoint("wan.safetensors", "acc:0,8mb;cpu,*")
     advanced = {
         "class_type": "CheckpointLoaderAdvancedDisTorch2MultiGPU",
         "inputs": {

@@ -28,6 +28,14 @@ def distorch(file, text, compute="acc:0", **inputs):
     }
 
 
+def checkpoint(file, text, compute="acc:0", **inputs):
+    """The DisTorch2 form of ComfyUI's checkpoint loader."""
+    node = distorch(file, text, compute, **inputs)
+    node["inputs"]["ckpt_name"] = node["inputs"].pop("unet_name")
+    del node["inputs"]["weight_dtype"]
+    return {**node, "class_type": "CheckpointLoaderSimpleDisTorch2MultiGPU"}
+
+
 def lora(model, strength, file="lora.safetensors"):
     """A LoRA on top of the node `model`."""
     inputs = {"model": [model, 0], "lora_name": file, "strength_model": strength}
