@@ -589,22 +589,19 @@ def force_full_system_cleanup(reason: str = "manual", force: bool = True) -> boo
 
 def comfyui_memory_load(tag: str) -> str:
     """One line, ``tag=...|cpu=used/total|cuda:0=used/total``, in GiB."""
-    figures = {n: (device_utils.used_memory(n), device_utils.total_memory(n)) for n in _devices()}
-    parts = [
-        f"{name}={used / GIB:.2f}/{total / GIB:.2f}" for name, (used, total) in figures.items()
-    ]
-    return "|".join([f"tag={tag}", *parts])
+    parts = [f"tag={tag}"]
+    for name in device_utils.device_names():
+        used, total = device_utils.used_memory(name), device_utils.total_memory(name)
+        parts.append(f"{name}={used / GIB:.2f}/{total / GIB:.2f}")
+    return "|".join(parts)
 
 
 def multigpu_memory_log(identifier: str, tag: str) -> None:
     """Log the memory in use on the CPU and on every device, in GiB, on one line."""
     now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
-    used = (f"{name}|{device_utils.used_memory(name) / GIB:.2f}" for name in _devices())
+    names = device_utils.device_names()
+    used = (f"{name}|{device_utils.used_memory(name) / GIB:.2f}" for name in names)
     logger.info(f"[MultiGPU] {now} {identifier}_{tag} {' '.join(used)}")
-
-
-def _devices() -> tuple[str, ...]:
-    return device_utils.device_names()
 
 
 class MemoryJoin:
