@@ -559,13 +559,17 @@ def _choose_donors(
         used[home] += nbytes
     # Rounding to whole blocks may leave room on a donor that comes first: fill it, from what comes
     # later or has found no donor yet.
-    wildcards = {device for device, limit in limits.items() if limit is None}
-    named = [device for device in shares if device not in wildcards]
-    for position, device in enumerate(named):
-        later = wildcards.union(named[position + 1 :])
+    order = [quota.device for quota in donors]
+    for position, device in enumerate(order):
+        if limits[device] is None:
+            continue
+        # Of a wildcard that comes first, only what exceeds the amount written for it.
+        keeps = dict.fromkeys(order, 0) | {q.device: q.nbytes or 0 for q in donors[:position]}
+        sources = {q.device for q in donors if q.wildcard}.union(order[position + 1 :])
         for index in swapped:
             nbytes, home = sizes.blocks[index].nbytes, homes.get(index)
-            if (home is None or home in later) and fits(device, nbytes):
+            spare = home is None or (home in sources and used[home] - nbytes >= keeps[home])
+            if spare and fits(device, nbytes):
                 homes[index] = device
                 used[device] += nbytes
                 if home is not None:
