@@ -5,8 +5,9 @@
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
-COMFYUI ?= 0.30.0 0.18.2
-SMOKE ?= 0.27.0 0.24.0 0.20.1 0.16.3
+COMFYUI ?= 0.30.0 0.16.3
+SMOKE ?= 0.27.0 0.24.0 0.20.1 0.18.2
+CONTRACTS ?= 2.5.0 2.5.5
 MULTIGPU_DIR ?=
 GGUF_DIR ?=
 
@@ -29,7 +30,7 @@ test: $(READY)
 	$(PYTEST) tests/simulator
 	$(PYTEST) tests/simulated
 	set -e; order=; for version in $(COMFYUI); do \
-		for multigpu in double $(if $(MULTIGPU_DIR),"$(MULTIGPU_DIR)"); do \
+		for multigpu in double:2.6.3 $(if $(MULTIGPU_DIR),"$(MULTIGPU_DIR)"); do \
 			$(PYTEST) tests/server --comfyui $$version --multigpu "$$multigpu" \
 				> .cache/server.log 2>&1 & server=$$!; \
 			$(PYTEST) tests/host --comfyui $$version --multigpu "$$multigpu" $(GGUF) $$order \
@@ -41,6 +42,9 @@ test: $(READY)
 	done
 	set -e; for version in $(SMOKE); do \
 		$(PYTEST) tests/host/test_split_and_run.py -k bit_equal --comfyui $$version; \
+	done
+	set -e; for version in $(CONTRACTS); do \
+		$(PYTEST) tests/host/test_split_and_run.py --multigpu double:$$version --comfyui 0.18.2; \
 	done
 	$(PY) bench/simulated_grid.py --limit 1.05
 

@@ -51,6 +51,11 @@ def allocation_text(model: torch.nn.Module) -> str:
     return getattr(model, META, {}).get("full_allocation", "")
 
 
+def _diffusion_model(model) -> torch.nn.Module | None:
+    """The diffusion model of an inner model; a text encoder or VAE has none."""
+    return getattr(model, "diffusion_model", None)
+
+
 def is_wan(diffusion_model) -> bool:
     """Whether a diffusion model is of a class that ComfyUI defines for Wan, or derived from one."""
     return any(c.__module__.startswith(WAN_MODULES) for c in type(diffusion_model).__mro__)
@@ -79,7 +84,7 @@ def is_swapped_here(patcher) -> bool:
     model = patcher.model
     if hasattr(model, STATE):
         return True
-    diffusion_model = getattr(model, "diffusion_model", None)
+    diffusion_model = _diffusion_model(model)
     return (
         diffusion_model is not None
         and bool(allocation_text(model))
@@ -314,7 +319,7 @@ def partially_load(wrapped, patcher, args, kwargs):
 
 def _say_if_blocks_are_missing(model) -> None:
     """One line per model for a Wan that carries an allocation but has no blocks to swap."""
-    diffusion_model = getattr(model, "diffusion_model", None)
+    diffusion_model = _diffusion_model(model)
     if not allocation_text(model) or not is_wan(diffusion_model) or hasattr(model, NO_BLOCKS):
         return
     if not block_lists(diffusion_model):
@@ -560,12 +565,27 @@ def plain_loading() -> Iterator[None]:
             setattr(owner, name, value)
 
 
+def _take_allocation(multigpu: ModuleType, patcher) -> None:
+    """Move the allocation of a Wan model from MultiGPU's table to the model itself.
+
+    That is where MultiGPU leaves it from 2.5.6 on. Up to 2.5.5 its table has keys of class, size
+    and first weights: Wan 2.2's two experts, and the same file loaded by another node, share one.
+    """
+    distorch_2 = sys.modules.get(f"{multigpu.__name__}.distorch_2")
+    table = getattr(distorch_2, "safetensor_allocation_store", None)
+    if table is not None and block_lists(_diffusion_model(patcher.model)):
+        text = table.pop(distorch_2.create_safetensor_model_hash(patcher, "block_swap"), "")
+        if text:
+            setattr(patcher.model, META, {"full_allocation": text})
+
+
 def _loader(join: LoadingJoin):
     def load(wrapped, node, args, kwargs):
         join.arm()
         with plain_loading():
             outputs = wrapped(*args, **kwargs)
         for patcher in patchers_of(outputs):
+            _take_allocation(join.multigpu, patcher)
             if is_swapped_here(patcher):
                 follow_allocation(patcher)  # an error belongs to this node, not to the sampler
         return outputs
@@ -601,13 +621,13 @@ class LoadingJoin:
 
     def __init__(self) -> None:
         self._table = PatchTable()
-        self._multigpu: ModuleType | None = None
+        self.multigpu: ModuleType | None = None
         self._armed = False
         self._host_load_models_gpu: Callable | None = None  # before MultiGPU replaced it
 
     def install(self, multigpu: ModuleType) -> None:
         """Patch the DisTorch2 loader nodes of ``multigpu``, MultiGPU's package."""
-        self._multigpu = multigpu
+        self.multigpu = multigpu
         loader = _loader(self)
         self._table.apply(
             Patch(node, node.FUNCTION, loader) for node in distorch2_nodes(multigpu).values()
@@ -621,7 +641,7 @@ class LoadingJoin:
 
         if self._host_load_models_gpu is None:
             self._host_load_models_gpu = mm.load_models_gpu
-        self._multigpu.register_patched_safetensor_modelpatcher()
+        self.multigpu.register_patched_safetensor_modelpatcher()
         patcher, manager = "comfy.model_patcher", "comfy.model_management"
         self._table.apply(
             [

@@ -339,12 +339,12 @@ def _loader(join: MemoryJoin, node_class: str) -> Callable:
     retention = join.retention
 
     def load(wrapped, node, args, kwargs):
-        keep = bool(kwargs.get("keep_loaded", False))
         parameters = inspect.signature(wrapped).parameters
-        if "keep_loaded" not in parameters:
-            kwargs = {name: value for name, value in kwargs.items() if name != "keep_loaded"}
         defaults = {n: p.default for n, p in parameters.items() if p.default is not p.empty}
         inputs = {**defaults, **kwargs}
+        keep = bool(inputs.get("keep_loaded", False))  # MultiGPU up to 2.5.0 has True as default
+        if "keep_loaded" not in parameters:
+            kwargs = {name: value for name, value in kwargs.items() if name != "keep_loaded"}
         key, owner = _model_key(node_class, args, kwargs), _executing_node()
         mm = sys.modules["comfy.model_management"]
 

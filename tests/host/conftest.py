@@ -1,6 +1,6 @@
 """A real ComfyUI with this plugin and MultiGPU, on two simulated accelerators.
 
-    pytest tests/host --comfyui 0.18.2 [--multigpu DIR] [--gguf DIR] [--plugin-first]
+    pytest tests/host --comfyui 0.18.2 [--multigpu DIR|double:VERSION] [--gguf DIR] [--plugin-first]
 
 One process boots one ComfyUI, so each combination is a run of its own (`make test`).
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from rig import comfy_host, prompts, simulator, tiny_wan
+from rig import comfy_host, multigpu, prompts, simulator, tiny_wan
 
 ROOT = Path(__file__).parents[2]
 RIG = ROOT / "tests" / "rig"
@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 def pytest_addoption(parser):
     parser.addoption("--comfyui", default="0.30.0", help="ComfyUI version, from PyPI")
-    parser.addoption("--multigpu", default="double", help="a checkout of ComfyUI-MultiGPU")
+    parser.addoption("--multigpu", default=multigpu.DEFAULT, help=multigpu.HELP)
     parser.addoption("--gguf", default="", help="a checkout of ComfyUI-GGUF")
     parser.addoption("--plugin-first", action="store_true", help="ComfyUI loads the plugin first")
 
@@ -38,10 +38,17 @@ def pytest_report_header(config):
 class Workbench:
     """The booted host, and the prompts that the tests run on it."""
 
-    def __init__(self, host, plugin):
+    def __init__(self, host, plugin, multigpu):
         self.host = host
         self.plugin = plugin
         self.mm = host.mm
+        self.multigpu = multigpu  # its version
+
+    def needs_multigpu(self, *version):
+        """Skip a test of MultiGPU's own ways where an older one is not up to this ComfyUI."""
+        package = Path(self.host.custom_module("ComfyUI-MultiGPU").__file__).resolve()
+        if RIG not in package.parents and self.multigpu < version:
+            pytest.skip(f"MultiGPU itself fails here before {version}")
 
     def module(self, name):
         """A module of the plugin as ComfyUI imported it."""
@@ -52,7 +59,20 @@ class Workbench:
 
     def distorch(self, text="", virtual_vram=0.0, donor="cpu", **inputs):
         inputs = {"virtual_vram_gb": virtual_vram, "donor_device": donor, **inputs}
-        return prompts.distorch(inputs.pop("unet_name", "wan.safetensors"), text, **inputs)
+        loader = prompts.distorch(inputs.pop("unet_name", "wan.safetensors"), text, **inputs)
+        if self.multigpu <= (2, 5, 0):
+            del loader["inputs"]["eject_models"]
+        return loader
+
+    def allocate(self, patcher, text):
+        """Give a patcher an allocation the way that this MultiGPU does."""
+        multigpu = self.host.custom_module("ComfyUI-MultiGPU").__name__
+        distorch_2 = sys.modules[f"{multigpu}.distorch_2"]
+        table = getattr(distorch_2, "safetensor_allocation_store", None)
+        if table is None:
+            patcher.model._distorch_v2_meta = {"full_allocation": text}
+        else:
+            table[distorch_2.create_safetensor_model_hash(patcher, "test")] = text
 
     def lora(self, loader, strength):
         """The nodes of a loader and a LoRA on top of it; node 10 is the model."""
@@ -93,6 +113,7 @@ class Workbench:
             if loaded.model is not None:
                 loaded.model_unload()
         self.mm.current_loaded_models.clear()
+        self.plugin._memory.retention.let_go_all("a test ends")
         self.host.free(unload_models=True, free_memory=True)
         gc.collect()
 
@@ -110,10 +131,10 @@ def bench(pytestconfig, tmp_path_factory):
     checkpoint = models / "checkpoints" / "wan.safetensors"
     tiny_wan.write_wan(checkpoint, layers=LAYERS, prefix="model.diffusion_model.")
     tiny_wan.write_lora(models / "loras" / "lora.safetensors", layers=LAYERS, seed=3)
-    multigpu = pytestconfig.getoption("multigpu")
+    folder, version = multigpu.package(pytestconfig.getoption("multigpu"))
     nodes = [
         ("probe", RIG / "probe_nodes"),
-        ("ComfyUI-MultiGPU", RIG / "multigpu_double" if multigpu == "double" else Path(multigpu)),
+        ("ComfyUI-MultiGPU", folder),
         ("block_swap", ROOT),
     ]
     if pytestconfig.getoption("plugin_first"):
@@ -126,7 +147,7 @@ def bench(pytestconfig, tmp_path_factory):
     source = comfy_host.fetch(pytestconfig.getoption("comfyui"), CACHE)
     host = comfy_host.Host.boot(source, base, nodes, argv=argv)
     gc.freeze()  # ComfyUI collects after every prompt: spare it going through its own modules
-    return Workbench(host, host.custom_module("block_swap"))
+    return Workbench(host, host.custom_module("block_swap"), version)
 
 
 @pytest.fixture(autouse=True)

@@ -173,7 +173,7 @@ def test_loras_added_changed_and_removed(bench, reference, strengths):
 def test_a_patched_model_comes_back_bit_for_bit(bench):
     bench.sample(bench.lora(bench.distorch(SPLIT), 1.0))
     patcher = bench.loaded()
-    fresh = bench.load(bench.distorch(SPLIT))
+    fresh = bench.load(bench.plain())
     assert not same(tensors(patcher.model), tensors(fresh.model))
     patched = sum(backup.weight.nbytes for backup in patcher.backup.values())
     lora_keys = 8 * LAYERS
@@ -258,7 +258,7 @@ def test_every_distorch2_loader_bypasses_dynamic_vram(bench, monkeypatch, node, 
 
     monkeypatch.setattr(original, inner, load)
     instance = bench.host.nodes[node]()
-    getattr(instance, instance.FUNCTION)(eject_models=False)
+    getattr(instance, instance.FUNCTION)()
     assert seen == [("ModelPatcher", False)]
     assert comfy.memory_management.aimdo_enabled is True
     assert comfy.model_patcher.CoreModelPatcher is comfy.model_patcher.ModelPatcherDynamic
@@ -268,13 +268,15 @@ def test_every_distorch2_loader_bypasses_dynamic_vram(bench, monkeypatch, node, 
 
     monkeypatch.setattr(original, inner, fail)
     with pytest.raises(FileNotFoundError):
-        getattr(instance, instance.FUNCTION)(eject_models=False)
+        getattr(instance, instance.FUNCTION)()
     assert comfy.memory_management.aimdo_enabled is True
 
 
 def test_a_model_that_is_no_wan_goes_to_multigpus_own_path(bench, monkeypatch):
     import comfy.model_patcher
     import comfy.ops
+
+    bench.needs_multigpu(2, 5, 11)
 
     class Inner(torch.nn.Module):
         def __init__(self):
@@ -287,12 +289,12 @@ def test_a_model_that_is_no_wan_goes_to_multigpus_own_path(bench, monkeypatch):
     bench.sample(bench.distorch(SPLIT))  # MultiGPU has patched ComfyUI, and so has the plugin
     patch = bench.module("distorch2_patch")
     inner = Inner()
-    inner._distorch_v2_meta = {"full_allocation": "acc:0,40%;acc:1,60%#acc:0"}
     patcher = comfy.model_patcher.ModelPatcher(inner, torch.device(COMPUTE), torch.device("cpu"))
+    bench.allocate(patcher, "acc:0,40%;acc:1,60%#acc:0")
     assert not patch.is_swapped_here(patcher)
     patcher.partially_load(torch.device(COMPUTE))
     assert not hasattr(inner, patch.STATE)
     devices = {str(p.device) for p in inner.parameters()}
     assert devices == {"acc:0", "acc:1"}
-    del inner._distorch_v2_meta
+    bench.allocate(patcher, "")
     patcher.detach()

@@ -205,7 +205,7 @@ def test_a_loader_makes_the_model_on_the_cpu(bench, monkeypatch):
         compute_device=COMPUTE,
         virtual_vram_gb=0.0,
         expert_mode_allocations="acc:0,8mb;cpu,*",
-        eject_models=False,
+        keep_loaded=False,
     )
     assert ledger.allocated[COMPUTE] == before
     assert outputs[0].offload_device == torch.device("cpu")

@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from rig import tiny_wan
+from rig import multigpu, tiny_wan
 from rig.server import Server
 
 ROOT = Path(__file__).parents[2]
-RIG = ROOT / "tests" / "rig"
 DEFAULT_ARGV = ("--bf16-unet", "--cache-classic")  # the weights stay in the file's bf16
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -20,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 def pytest_addoption(parser):
     parser.addoption("--comfyui", default="0.30.0", help="ComfyUI version, from PyPI")
-    parser.addoption("--multigpu", default="double", help="a checkout of ComfyUI-MultiGPU")
+    parser.addoption("--multigpu", default=multigpu.DEFAULT, help=multigpu.HELP)
 
 
 def pytest_report_header(config):
@@ -42,10 +41,8 @@ def start(pytestconfig, tmp_path_factory):
             tiny_wan.write_wan(path, layers=layers, seed=seed, **sizes)
         dim = {name: size for name, size in sizes.items() if name == "dim"}
         tiny_wan.write_lora(models / "loras" / "lora.safetensors", layers=layers, **dim)
-        multigpu = pytestconfig.getoption("multigpu")
-        nodes = {
-            "ComfyUI-MultiGPU": RIG / "multigpu_double" if multigpu == "double" else Path(multigpu)
-        }
+        folder, _ = multigpu.package(pytestconfig.getoption("multigpu"))
+        nodes = {"ComfyUI-MultiGPU": folder}
         if plugin:
             nodes["block_swap"] = ROOT
         version = pytestconfig.getoption("comfyui")

@@ -6,6 +6,8 @@ import comfy.model_management as mm
 import server
 import torch
 
+from . import distorch_2
+
 # Filled on first use; the test host writes the simulated devices here, as it does in MultiGPU.
 _DEVICE_LIST_CACHE = None
 
@@ -37,7 +39,7 @@ original_soft_empty_cache = mm.soft_empty_cache
 def soft_empty_cache_distorch2_patched(force=False):
     """Clear all devices while a DisTorch2 model is loaded; with `force`, drop node outputs too."""
     patchers = [loaded.model for loaded in mm.current_loaded_models]
-    if any(hasattr(p.model, "_distorch_v2_meta") for p in patchers if p is not None):
+    if any(distorch_2.allocation_of(p) for p in patchers if p is not None):
         soft_empty_cache_multigpu()
     else:
         original_soft_empty_cache(force)

@@ -1,11 +1,42 @@
 """Loading of models that carry an allocation: layer by layer, each layer to one device."""
 
 import functools
+import os
 import re
 
 import comfy.model_management as mm
 import comfy.model_patcher
 import torch
+
+# The version whose contract is honoured. It has changed twice: up to 2.5.5 allocations are kept in
+# a table and not on the model, and up to 2.5.0 loaders have `keep_loaded` instead of `eject_models`
+# and ComfyUI's `load_models_gpu` is left alone.
+VERSION = tuple(map(int, os.environ.get("MULTIGPU_DOUBLE_VERSION", "2.6.3").split(".")))
+
+if VERSION <= (2, 5, 5):
+    safetensor_allocation_store = {}
+
+    def create_safetensor_model_hash(model, caller):
+        """The key of a patcher's allocation, which like models share."""
+        size = sum(tensor.nbytes for tensor in model.model.state_dict().values())
+        return f"{type(model.model).__name__}_{size}_{list(model.model.state_dict())[:3]}"
+
+
+def store_allocation(patcher, allocation: str) -> None:
+    """Keep `allocation` where this version does; from 2.5.6 on, an empty one leaves no trace."""
+    if VERSION <= (2, 5, 5):
+        key = create_safetensor_model_hash(patcher, "store")
+        safetensor_allocation_store[key] = allocation
+    elif allocation:
+        patcher.model._distorch_v2_meta = {"full_allocation": allocation}
+
+
+def allocation_of(patcher) -> str:
+    """The allocation of a patcher's model, `""` if it has none."""
+    if VERSION <= (2, 5, 5):
+        return safetensor_allocation_store.get(create_safetensor_model_hash(patcher, "read"), "")
+    return getattr(patcher.model, "_distorch_v2_meta", {}).get("full_allocation", "")
+
 
 UNITS = {"b": 1, "k": 1024, "m": 1024**2, "g": 1024**3}
 
@@ -15,7 +46,8 @@ def register_patched_safetensor_modelpatcher() -> None:
     patcher_class = comfy.model_patcher.ModelPatcher
     if hasattr(patcher_class, "_distorch_patched"):
         return
-    mm.load_models_gpu = _load_models_gpu_after(mm.load_models_gpu)
+    if VERSION > (2, 5, 0):
+        mm.load_models_gpu = _load_models_gpu_after(mm.load_models_gpu)
     patcher_class.partially_load = _partially_load_instead_of(patcher_class.partially_load)
     patcher_class._distorch_patched = True
 
@@ -48,12 +80,8 @@ def _load_models_gpu_after(original):
 
 def _has_donor(patcher) -> bool:
     """Say whether a model gives virtual VRAM to a donor: everything else then makes room."""
-    meta = getattr(patcher.model, "_distorch_v2_meta", None)
-    return meta is not None and patcher.load_device.type != "cpu" and ";" in _compute_part(meta)
-
-
-def _compute_part(meta: dict) -> str:
-    return meta["full_allocation"].partition("#")[2]
+    compute = allocation_of(patcher).partition("#")[2]
+    return patcher.load_device.type != "cpu" and ";" in compute
 
 
 def _partially_load_instead_of(original):
@@ -61,7 +89,7 @@ def _partially_load_instead_of(original):
     def partially_load(
         self, device_to, extra_memory=0, full_load=False, force_patch_weights=False, **kwargs
     ):
-        if not hasattr(self.model, "_distorch_v2_meta"):
+        if not allocation_of(self):
             return original(self, device_to, extra_memory, force_patch_weights)
         loaded_patches = getattr(self.model, "current_weight_patches_uuid", None)
         stale = loaded_patches is not None and loaded_patches != self.patches_uuid
@@ -81,7 +109,7 @@ def _place_layers(patcher, compute: torch.device) -> None:
     # Versions differ in what they put before these four.
     layers = [item[-4:] for item in patcher._load_list()]
     total = sum(size for size, *_ in layers)
-    quotas = _donor_quotas(patcher.model._distorch_v2_meta["full_allocation"], compute, total)
+    quotas = _donor_quotas(allocation_of(patcher), compute, total)
     for size, name, module, _params in reversed(layers):
         target = next((d for d, left in quotas.items() if left >= size), compute)
         if target in quotas:

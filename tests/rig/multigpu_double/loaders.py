@@ -6,6 +6,7 @@ import comfy.model_management as mm
 import comfy.sd
 import folder_paths
 import nodes
+import server
 import torch
 
 from .current_device import (
@@ -15,7 +16,11 @@ from .current_device import (
     set_current_text_encoder_device,
 )
 from .device_utils import get_device_list
-from .distorch_2 import register_patched_safetensor_modelpatcher
+from .distorch_2 import (
+    VERSION,
+    register_patched_safetensor_modelpatcher,
+    store_allocation,
+)
 
 VIRTUAL_VRAM = {"min": 0.0, "max": 128.0, "step": 0.1}
 
@@ -66,7 +71,8 @@ def distorch2_loader(loader, *, text_encoder=False, resets_device=False):
             optional["virtual_vram_gb"] = ("FLOAT", {"default": 4.0, **VIRTUAL_VRAM})
             optional["donor_device"] = (devices, {"default": "cpu"})
             optional["expert_mode_allocations"] = ("STRING", {"multiline": False, "default": ""})
-            optional["eject_models"] = ("BOOLEAN", {"default": eject_default})
+            switch, default = _switch(eject_default)
+            optional[switch] = ("BOOLEAN", {"default": default})
             return inputs
 
         @classmethod
@@ -83,15 +89,8 @@ def distorch2_loader(loader, *, text_encoder=False, resets_device=False):
             settings = (device, virtual_vram_gb, donor_device)
             return repr((*settings, expert_mode_allocations, eject_models))
 
-        def override(
-            self,
-            *args,
-            virtual_vram_gb=4.0,
-            donor_device="cpu",
-            expert_mode_allocations="",
-            eject_models=eject_default,
-            **kwargs,
-        ):
+        def _load(self, allocation, eject_models, *args, **kwargs):
+            virtual_vram_gb, donor_device, expert_mode_allocations = allocation
             device = kwargs.pop(device_input, None)
             previous = get_device()
             if eject_models:
@@ -110,14 +109,59 @@ def distorch2_loader(loader, *, text_encoder=False, resets_device=False):
             set_device(previous)
             return outputs
 
+        if VERSION <= (2, 5, 0):
+
+            def override(
+                self,
+                *args,
+                virtual_vram_gb=4.0,
+                donor_device="cpu",
+                expert_mode_allocations="",
+                keep_loaded=True,
+                **kwargs,
+            ):
+                allocation = (virtual_vram_gb, donor_device, expert_mode_allocations)
+                outputs = self._load(allocation, False, *args, **kwargs)
+                patcher = _patcher_of(outputs[0])
+                if patcher is not None:
+                    patcher.model._mgpu_unload_distorch_model = not keep_loaded
+                if not keep_loaded:  # then everything goes when the prompt has ended
+                    for flag in ("unload_models", "free_memory"):
+                        server.PromptServer.instance.prompt_queue.set_flag(flag, True)
+                return outputs
+
+        else:
+
+            def override(
+                self,
+                *args,
+                virtual_vram_gb=4.0,
+                donor_device="cpu",
+                expert_mode_allocations="",
+                eject_models=eject_default,
+                **kwargs,
+            ):
+                allocation = (virtual_vram_gb, donor_device, expert_mode_allocations)
+                return self._load(allocation, eject_models, *args, **kwargs)
+
     return DisTorch2Loader
 
 
-def _attach(output, allocation: str) -> None:
-    """Put `allocation` on the inner model of a loader's output, if it has one."""
+def _switch(eject_default: bool) -> tuple[str, bool]:
+    """The last input of the loaders, and its default."""
+    return ("keep_loaded", True) if VERSION <= (2, 5, 0) else ("eject_models", eject_default)
+
+
+def _patcher_of(output):
     patcher = output if hasattr(output, "model") else getattr(output, "patcher", None)
-    if allocation and hasattr(patcher, "model"):
-        patcher.model._distorch_v2_meta = {"full_allocation": allocation}
+    return patcher if hasattr(patcher, "model") else None
+
+
+def _attach(output, allocation: str) -> None:
+    """Store `allocation` for a loader's output, if that has a model."""
+    patcher = _patcher_of(output)
+    if patcher is not None:
+        store_allocation(patcher, allocation)
 
 
 class CheckpointLoaderAdvancedDisTorch2MultiGPU:
@@ -149,7 +193,7 @@ class CheckpointLoaderAdvancedDisTorch2MultiGPU:
                 "unet_expert_mode_allocations": allocation,
                 "clip_expert_mode_allocations": allocation,
                 "high_precision_loras": ("BOOLEAN", {"default": True}),
-                "eject_models": ("BOOLEAN", {"default": True}),
+                **({"eject_models": ("BOOLEAN", {"default": True})} if VERSION > (2, 5, 0) else {}),
             },
         }
 
@@ -166,7 +210,7 @@ class CheckpointLoaderAdvancedDisTorch2MultiGPU:
         unet_expert_mode_allocations="",
         clip_expert_mode_allocations="",
         high_precision_loras=True,
-        eject_models=True,
+        eject_models=VERSION > (2, 5, 0),
     ):
         if eject_models:
             mark_loaded_models_for_eject()
