@@ -7,10 +7,11 @@ No device, model or ComfyUI is touched here, so that the same input always gives
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from fractions import Fraction
+from itertools import combinations
 
 GIB = 1 << 30
 MIB = 1 << 20
@@ -123,7 +124,7 @@ class Allocation:
 
 @dataclass(frozen=True)
 class Block:
-    """One transformer block of a model: its dotted name and its packed size in bytes."""
+    """One transformer block of a model, or an embedding: its name and its packed size in bytes."""
 
     name: str
     nbytes: int
@@ -134,25 +135,32 @@ class ModelSizes:
     """What planning needs to know of a model.
 
     ``blocks`` are in execution order; ``non_block_bytes`` always stay on the compute device;
-    ``min_slots`` is how many blocks the model's forward may hold at once.
+    ``min_slots`` is how many blocks the model's forward may hold at once. ``embeddings`` run once
+    before the blocks and are swapped like them where the quota has no room for them.
     """
 
     blocks: tuple[Block, ...]
     non_block_bytes: int
     min_slots: int = 1
+    embeddings: tuple[Block, ...] = ()
+
+    @property
+    def parts(self) -> tuple[Block, ...]:
+        """All that has a home of its own: the blocks, then the embeddings."""
+        return self.blocks + self.embeddings
 
     @property
     def total_bytes(self) -> int:
         """Bytes of all weights."""
-        return self.non_block_bytes + sum(block.nbytes for block in self.blocks)
+        return self.non_block_bytes + sum(part.nbytes for part in self.parts)
 
 
 @dataclass(frozen=True)
 class Split:
     """Where every block of a model lives: the immutable result of planning.
 
-    ``homes[i]`` is the device of block ``i``; a block is resident where that is the compute
-    device, swapped otherwise. ``quotas`` are in the order written.
+    ``homes[i]`` is the device of ``sizes.parts[i]``, a block or an embedding, which is resident
+    where that is the compute device, swapped otherwise. ``quotas`` are in the order written.
     """
 
     allocation: Allocation
@@ -169,20 +177,20 @@ class Split:
 
     @property
     def swapped(self) -> tuple[int, ...]:
-        """Indices of the blocks whose home is a donor, in execution order."""
+        """Indices of the parts whose home is a donor."""
         return tuple(i for i, home in enumerate(self.homes) if home != self.compute_device)
 
     @property
     def slot_bytes(self) -> int:
-        """Bytes of one slot: the largest swapped block."""
-        return max((self.sizes.blocks[i].nbytes for i in self.swapped), default=0)
+        """Bytes of one slot: the largest swapped part."""
+        return max((self.sizes.parts[i].nbytes for i in self.swapped), default=0)
 
     @property
     def bytes_per_pass(self) -> int:
         """Bytes that one forward pass copies to the compute device, once the slots are warm."""
         if len(self.swapped) <= self.slots:
             return 0
-        return sum(self.sizes.blocks[i].nbytes for i in self.swapped)
+        return sum(self.sizes.parts[i].nbytes for i in self.swapped)
 
     @property
     def compute_bytes(self) -> int:
@@ -192,8 +200,8 @@ class Split:
     def bytes_on(self, device: str) -> int:
         """Bytes of weights on ``device`` while the model runs."""
         placed = sum(
-            block.nbytes
-            for block, home in zip(self.sizes.blocks, self.homes, strict=True)
+            part.nbytes
+            for part, home in zip(self.sizes.parts, self.homes, strict=True)
             if home == device
         )
         if device == self.compute_device:
@@ -219,20 +227,35 @@ class Split:
                     device,
                     "compute" if device == self.compute_device else "donor",
                     _quota_text(quotas.get(device)),
-                    self.homes.count(device),
+                    self._blocks_on(device),
                     format_bytes(self.bytes_on(device)),
                 )
             )
+        resident = [
+            part.nbytes
+            for part, home in zip(self.sizes.embeddings, self._embedding_homes(), strict=True)
+            if home == self.compute_device
+        ]
+        non_block = self.sizes.non_block_bytes + sum(resident)
         lines.append(
-            f"  {self.compute_device}: {format_bytes(self.sizes.non_block_bytes)} of non-block "
-            f"weights, {self.homes.count(self.compute_device)} resident blocks and {self.slots} "
-            f"slots of {format_bytes(self.slot_bytes)}"
+            f"  {self.compute_device}: {format_bytes(non_block)} of non-block weights, "
+            f"{self._blocks_on(self.compute_device)} resident blocks and {self.slots} slots of "
+            f"{format_bytes(self.slot_bytes)}"
         )
+        for part, home in zip(self.sizes.embeddings, self._embedding_homes(), strict=True):
+            if home != self.compute_device:
+                lines.append(f"  {part.name}: {format_bytes(part.nbytes)}, swapped from {home}")
         lines.append(
             f"  each forward pass moves {format_bytes(self.bytes_per_pass)} to "
             f"{self.compute_device}"
         )
         return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
+
+    def _blocks_on(self, device: str) -> int:
+        return self.homes[: len(self.sizes.blocks)].count(device)
+
+    def _embedding_homes(self) -> tuple[str, ...]:
+        return self.homes[len(self.sizes.blocks) :]
 
 
 def format_bytes(nbytes: int) -> str:
@@ -408,7 +431,7 @@ def _quote(text: str, limit: int = 80) -> str:
 def plan_split(
     allocation: Allocation, sizes: ModelSizes, device_memory: Mapping[str, int]
 ) -> Split:
-    """Decide the home of every block.
+    """Decide the home of every block and embedding.
 
     Quotas are filled in the order written and never exceeded, except for the wildcard's and
     except that the compute device always gets the floor: non-block weights and slots.
@@ -417,13 +440,13 @@ def plan_split(
     quotas = allocation.quotas(sizes.total_bytes, device_memory)
     compute = allocation.compute_device
     if compute == CPU:
-        return Split(allocation, sizes, quotas, (CPU,) * len(sizes.blocks), slots=0)
+        return Split(allocation, sizes, quotas, (CPU,) * len(sizes.parts), slots=0)
     room = _Room.of(allocation, quotas)
     swapped, slots = _choose_swapped(sizes, room)
     homes = _choose_donors(sizes, swapped, [q for q in quotas if q.device != compute])
     _fill_owed(sizes, homes, slots, room)
     slots = min(slots, len(homes))
-    homes_by_index = tuple(homes.get(i, compute) for i in range(len(sizes.blocks)))
+    homes_by_index = tuple(homes.get(i, compute) for i in range(len(sizes.parts)))
     split = Split(allocation, sizes, quotas, homes_by_index, slots)
     notes = (*_floor_note(split, room), *_overflow_note(split), *_memory_note(split, device_memory))
     return Split(allocation, sizes, quotas, homes_by_index, slots, notes)
@@ -433,12 +456,13 @@ def plan_split(
 class _Room:
     """What bounds the choice of swapped blocks.
 
-    ``compute_bytes``: the compute device's quota, ``None`` without limit. ``firm``: whether the
-    user wrote that number. ``owed``: the donors that are filled before the compute device gets
-    anything.
+    ``compute_bytes``: the compute device's quota, ``None`` without limit. ``given``: whether there
+    is such a quota, and ``firm``: whether the user wrote that number. ``owed``: the donors that are
+    filled before the compute device gets anything.
     """
 
     compute_bytes: int | None
+    given: bool
     firm: bool
     owed: tuple[Quota, ...]
 
@@ -446,69 +470,88 @@ class _Room:
     def of(cls, allocation: Allocation, quotas: Sequence[Quota]) -> _Room:
         named = [quota.device for quota in quotas]
         if allocation.compute_device not in named:
-            return cls(0, firm=False, owed=())
+            return cls(0, given=False, firm=False, owed=())
         position = named.index(allocation.compute_device)
         quota = quotas[position]
         # A wildcard is served last, wherever it is written.
         before = quotas if quota.wildcard else quotas[:position]
         owed = tuple(q for q in before if q.device != quota.device and q.nbytes is not None)
         limit = None if quota.wildcard else quota.nbytes
-        return cls(limit, firm=allocation.mode is not Mode.VIRTUAL_VRAM, owed=owed)
+        firm = allocation.mode is not Mode.VIRTUAL_VRAM
+        return cls(limit, given=True, firm=firm, owed=owed)
 
     def holds(self, nbytes: int) -> bool:
         return self.compute_bytes is None or nbytes <= self.compute_bytes
 
 
 def _choose_swapped(sizes: ModelSizes, room: _Room) -> tuple[tuple[int, ...], int]:
-    """The swapped blocks and the number of slots.
+    """The swapped parts and the number of slots.
 
     With swapped blocks evenly spread, a step costs max(compute, transfer) exactly if block j can
     be placed in a window of (slots - 1) * L / N - 1 blocks: two slots give every window an integer
     while at most half of the L blocks (or all of them) are swapped, three slots always do. Every
     block that the forward holds beside the one that its loop is at takes one slot more.
+
+    One slot does not overlap, which costs more than moving embeddings: they go first.
     """
-    everything = tuple(range(len(sizes.blocks)))
+    count = len(sizes.blocks)
     owed = _count_owed(sizes, room.owed)
     two, three = sizes.min_slots + 1, sizes.min_slots + 2
     if owed == 0 and room.holds(sizes.total_bytes):
         return (), two
-    swapped = _fewest_swapped(sizes, room, two, owed)
-    if swapped is not None:
-        if len(everything) < 2 * len(swapped) < 2 * len(everything):
-            more = _fewest_swapped(sizes, room, three, owed)
-            if more is not None:
-                return more, three
-        return swapped, two
-    swapped = _fewest_swapped(sizes, room, sizes.min_slots, owed)
-    if swapped is not None:
-        return swapped, sizes.min_slots
-    return everything, sizes.min_slots if room.firm else two
+    for slots in (two, sizes.min_slots):
+        for embeddings in _embedding_choices(sizes):
+            swapped = _fewest_swapped(sizes, room, slots, owed, embeddings)
+            if swapped is None:
+                continue
+            if slots == two and not embeddings and count < 2 * len(swapped) < 2 * count:
+                more = _fewest_swapped(sizes, room, three, owed, embeddings)
+                if more is not None:
+                    return more, three
+            return swapped, slots
+    slots = sizes.min_slots if room.firm else two
+    blocks = tuple(range(count))
+    if not room.given:
+        return blocks, slots
+    choices = [blocks + embeddings for embeddings in _embedding_choices(sizes)]
+    return min(choices, key=lambda swapped: _compute_bytes(sizes, swapped, slots)), slots
+
+
+def _embedding_choices(sizes: ModelSizes) -> Iterator[tuple[int, ...]]:
+    """Which embeddings to swap: none first, then those that move the fewest bytes."""
+    first, last = len(sizes.blocks), len(sizes.parts)
+    choices = [
+        choice
+        for number in range(last - first + 1)
+        for choice in combinations(range(first, last), number)
+    ]
+    yield from sorted(choices, key=lambda choice: sum(sizes.parts[i].nbytes for i in choice))
 
 
 def _fewest_swapped(
-    sizes: ModelSizes, room: _Room, slots: int, owed: int
+    sizes: ModelSizes, room: _Room, slots: int, owed: int, embeddings: tuple[int, ...]
 ) -> tuple[int, ...] | None:
-    """The smallest evenly spread set of at least ``owed`` blocks that leaves the rest room."""
+    """``embeddings`` and the fewest blocks, at least ``owed``, that leave the rest room."""
     count = len(sizes.blocks)
     for number in range(max(owed, 1), count + 1):
         swapped = spread(number, count)
-        if room.holds(_compute_bytes(sizes, swapped, slots)):
+        if room.holds(_compute_bytes(sizes, swapped + embeddings, slots)):
             break
     else:
         return None
-    if number == owed:
-        return swapped
-    # Blocks of different sizes can leave room for one more: keep it resident.
-    for index in sorted(swapped, key=lambda i: -sizes.blocks[i].nbytes):
-        fewer = tuple(i for i in swapped if i != index)
-        if len(fewer) >= owed and room.holds(_compute_bytes(sizes, fewer, slots)):
-            swapped = fewer
-    return swapped
+    if number > owed:
+        # Blocks of different sizes can leave room for one more: keep it resident.
+        for index in sorted(swapped, key=lambda i: -sizes.blocks[i].nbytes):
+            fewer = tuple(i for i in swapped if i != index)
+            needed = _compute_bytes(sizes, fewer + embeddings, slots)
+            if len(fewer) >= owed and room.holds(needed):
+                swapped = fewer
+    return swapped + embeddings
 
 
 def _compute_bytes(sizes: ModelSizes, swapped: tuple[int, ...], slots: int) -> int:
-    away = [sizes.blocks[i].nbytes for i in swapped]
-    return sizes.total_bytes - sum(away) + slots * max(away, default=0)
+    away = [sizes.parts[i].nbytes for i in swapped]
+    return sizes.total_bytes - sum(away) + min(slots, len(away)) * max(away, default=0)
 
 
 def spread(number: int, count: int) -> tuple[int, ...]:
@@ -538,8 +581,8 @@ def _count_owed(sizes: ModelSizes, owed: tuple[Quota, ...]) -> int:
 def _choose_donors(
     sizes: ModelSizes, swapped: tuple[int, ...], donors: Sequence[Quota]
 ) -> dict[int, str]:
-    """The home of every swapped block, donors interleaved so that their links work together."""
-    shares = _donor_shares([sizes.blocks[i].nbytes for i in swapped], donors)
+    """The home of every swapped part, donors interleaved so that their links work together."""
+    shares = _donor_shares([sizes.parts[i].nbytes for i in swapped], donors)
     used = dict.fromkeys(shares, 0)
     limits = {q.device: None if q.wildcard else q.nbytes for q in donors}
 
@@ -549,7 +592,7 @@ def _choose_donors(
 
     homes: dict[int, str] = {}
     for index in swapped:
-        nbytes = sizes.blocks[index].nbytes
+        nbytes = sizes.parts[index].nbytes
         candidates = [device for device in shares if shares[device] and fits(device, nbytes)]
         candidates = candidates or [device for device in shares if fits(device, nbytes)]
         if not candidates:
@@ -567,7 +610,7 @@ def _choose_donors(
         keeps = dict.fromkeys(order, 0) | {q.device: q.nbytes or 0 for q in donors[:position]}
         sources = {q.device for q in donors if q.wildcard}.union(order[position + 1 :])
         for index in swapped:
-            nbytes, home = sizes.blocks[index].nbytes, homes.get(index)
+            nbytes, home = sizes.parts[index].nbytes, homes.get(index)
             spare = home is None or (home in sources and used[home] - nbytes >= keeps[home])
             if spare and fits(device, nbytes):
                 homes[index] = device
@@ -580,7 +623,7 @@ def _choose_donors(
 def _fill_owed(sizes: ModelSizes, homes: dict[int, str], slots: int, room: _Room) -> None:
     """Blocks of different sizes can leave room on donors that come before the compute device."""
     for quota in room.owed:
-        placed = (sizes.blocks[i].nbytes for i, home in homes.items() if home == quota.device)
+        placed = (sizes.parts[i].nbytes for i, home in homes.items() if home == quota.device)
         left = (quota.nbytes or 0) - sum(placed)
         for index, block in enumerate(sizes.blocks):
             more = (*homes, index)

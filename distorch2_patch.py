@@ -40,6 +40,10 @@ NO_BLOCKS = "_distorch2_no_blocks"
 
 WAN_MODULES = "comfy.ldm.wan."
 
+# Modules that a Wan calls as a whole before its blocks, large enough to be worth moving. Their
+# names stand in every checkpoint.
+EMBEDDINGS = ("time_projection", "text_embedding", "img_emb")
+
 
 # --------------------------------------------------------------------------------------------
 # What a Wan model is made of
@@ -77,6 +81,12 @@ def block_lists(diffusion_model: torch.nn.Module) -> dict[str, torch.nn.ModuleLi
         return {}
     kind = type(lists["blocks"][0])
     return {name: child for name, child in lists.items() if isinstance(child[0], kind)}
+
+
+def embeddings(diffusion_model: torch.nn.Module) -> dict[str, torch.nn.Module]:
+    """The embeddings of a Wan diffusion model that may be swapped, by name."""
+    modules = {name: getattr(diffusion_model, name, None) for name in EMBEDDINGS}
+    return {name: module for name, module in modules.items() if module is not None}
 
 
 def is_swapped_here(patcher) -> bool:
@@ -132,9 +142,11 @@ class SwappedModel:
         diffusion_model = model.diffusion_model
         lists = block_lists(diffusion_model)
         blocks = _in_execution_order(lists)
-        in_blocks = {id(module) for _, _, block in blocks for module in block.modules()}
-        rest = [module for module in diffusion_model.modules() if id(module) not in in_blocks]
-        self.packs = [Pack.layout(block.modules()) for _, _, block in blocks]
+        leading = embeddings(diffusion_model)
+        parts = [*(block for _, _, block in blocks), *leading.values()]
+        in_parts = {id(module) for part in parts for module in part.modules()}
+        rest = [module for module in diffusion_model.modules() if id(module) not in in_parts]
+        self.packs = [Pack.layout(part.modules()) for part in parts]
         self.non_block = Pack.layout(rest)
         # What the inner model holds beside the diffusion model (sigmas) moves along, unpacked:
         # ComfyUI replaces these modules and buffers at will.
@@ -142,7 +154,11 @@ class SwappedModel:
         self.sizes = ModelSizes(
             blocks=tuple(
                 Block(f"{name}.{position}", pack.nbytes)
-                for (name, position, _), pack in zip(blocks, self.packs, strict=True)
+                for (name, position, _), pack in zip(blocks, self.packs, strict=False)
+            ),
+            embeddings=tuple(
+                Block(name, pack.nbytes)
+                for name, pack in zip(leading, self.packs[len(blocks) :], strict=True)
             ),
             non_block_bytes=self.non_block.nbytes + beside,
             min_slots=len(lists),
@@ -152,7 +168,10 @@ class SwappedModel:
         }
         self.split = self._plan(allocation)
         compute = device_utils.torch_device(self.split.compute_device)
-        self.swap = BlockSwap(compute, self.packs, indices)
+        first = len(blocks)
+        self.swap = BlockSwap(
+            compute, self.packs, indices, {name: first + i for i, name in enumerate(leading)}
+        )
         self._placed: Split | None = None
         self._diffusion_model = weakref.ref(diffusion_model)
         self._undrive: Callable[[], None] | None = None
@@ -175,7 +194,7 @@ class SwappedModel:
         return self._placed is not None
 
     def all_packs(self) -> list[Pack]:
-        """The packs of the blocks, and that of the non-block weights."""
+        """The packs of the blocks and embeddings, and that of the other non-block weights."""
         return [*self.packs, self.non_block]
 
     @contextmanager

@@ -359,12 +359,14 @@ class BlockSwap:
     """Runs the blocks of one model on ``compute_device``, wherever their homes are.
 
     ``packs`` holds one ``Pack`` per block in execution order, ``lists`` names the model's block
-    lists and gives, for each of their modules, the index of its pack. ``update`` and
-    ``allocate_slots`` come before the first pass.
+    lists and gives, for each of their modules, the index of its pack. ``embeddings`` names modules
+    of the model that run before the blocks and are called as a whole, and gives the index of their
+    packs. ``update`` and ``allocate_slots`` come before the first pass.
 
     Inside a pass the model's own loop drives the swap: the block lists are views that bring a
-    block in, yield it, and release it when the loop comes back. A swapped block never travels
-    back, and after a pass, however it ends, every tensor is at home.
+    block in, yield it, and release it when the loop comes back; so are swapped embeddings, around
+    their call. Nothing swapped travels back, and after a pass, however it ends, every tensor is at
+    home.
     """
 
     def __init__(
@@ -372,11 +374,13 @@ class BlockSwap:
         compute_device: torch.device,
         packs: Sequence[Pack],
         lists: Mapping[str, Sequence[int]],
+        embeddings: Mapping[str, int] | None = None,
     ):
         self.compute_device = compute_device
         self._slots_wanted = 0
         self._packs = tuple(packs)
         self._lists = dict(lists)
+        self._embeddings = dict(embeddings or {})
         self._slots: list[_Slot] = []
         self._links: dict[torch.device, _Link] = {}
         self._swapped: frozenset[int] = frozenset()
@@ -384,7 +388,7 @@ class BlockSwap:
         self._trace: list[int] = []
         self._cursor = 0
         self._depth = 0
-        self._views: dict[str, BlockList] = {}
+        self._views: dict[str, BlockList | _SwappedModule] = {}
         # Slots and homes must outlive the copies that are still on their way.
         finalizer = weakref.finalize(self, _drain, self._links)
         finalizer.atexit = False
@@ -398,7 +402,9 @@ class BlockSwap:
         too many, or of another size, are freed.
         """
         self._slots_wanted = slots
-        self._order = [i for i, p in enumerate(self._packs) if p.device != self.compute_device]
+        first = list(self._embeddings.values())
+        execution = first + [i for i in range(len(self._packs)) if i not in first]
+        self._order = [i for i in execution if self._packs[i].device != self.compute_device]
         self._swapped = frozenset(self._order)
         if any(slot.buffer.nbytes != self._block_bytes() for slot in self._slots):
             self._slots.clear()
@@ -453,7 +459,7 @@ class BlockSwap:
         """
         _hide_from_dynamo()
         reference = weakref.ref(model)
-        names = _entry_points(type(model), self._lists)
+        names = _entry_points(type(model), {*self._lists, *self._embeddings})
         before = {name: model.__dict__[name] for name in names if name in model.__dict__}
         driving = [True]
         entries = {
@@ -518,6 +524,9 @@ class BlockSwap:
             name: BlockList(self, model._modules[name], indices)
             for name, indices in self._lists.items()
         }
+        for name, index in self._embeddings.items():
+            if index in self._swapped:
+                self._views[name] = _SwappedModule(self, model._modules[name], index)
         model.__dict__.update(self._views)
 
     def _close(self, model: torch.nn.Module, completed: bool) -> None:
@@ -666,6 +675,25 @@ class BlockList:
         return getattr(self._modules, name)
 
 
+class _SwappedModule:
+    """What a swapped module is inside a pass: the same, brought in for each call."""
+
+    def __init__(self, swap: BlockSwap, module: torch.nn.Module, index: int):
+        self._swap = swap
+        self._module = module
+        self._index = index
+
+    def __call__(self, *args, **kwargs):
+        use = self._swap.acquire(self._index)
+        try:
+            return self._module(*args, **kwargs)
+        finally:
+            self._swap.release(use)
+
+    def __getattr__(self, name: str):
+        return getattr(self._module, name)
+
+
 def _drain(links: Mapping[torch.device, _Link]) -> None:
     for link in links.values():
         link.synchronize()
@@ -677,7 +705,7 @@ def _is_subsequence(part: Sequence[int], whole: Sequence[int]) -> bool:
 
 
 def _entry_points(model_class: type, lists: Iterable[str]) -> list[str]:
-    """``forward`` and every method of the class whose code names one of the block lists."""
+    """``forward`` and every method of the class whose code names one of ``lists``."""
     names = {"forward"}
     for cls in model_class.__mro__:
         for name, member in vars(cls).items():

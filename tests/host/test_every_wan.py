@@ -91,16 +91,20 @@ class Subject:
         return out, sorted(copy.nbytes for copy in copies)
 
     def due(self, uses=1):
-        """The sizes of all swapped blocks, each as often as it is used in a call."""
+        """The sizes of all swapped parts: embeddings once, blocks as often as a call uses them."""
         split = self.state.split
-        return sorted(split.sizes.blocks[i].nbytes for i in split.swapped for _ in range(uses))
+        blocks, parts = len(split.sizes.blocks), split.sizes.parts
+        travelling = [
+            parts[i].nbytes for i in split.swapped for _ in range(uses if i < blocks else 1)
+        ]
+        return sorted(nbytes for nbytes in travelling if nbytes >= LARGE)
 
     def assert_at_home(self):
         """Nothing of the pass is left, and every block lies where the split says."""
         plugin = self.bench.module("distorch2_patch")
         lists = plugin.block_lists(self.model)
         assert not set(lists) & set(vars(self.model))
-        homes = dict(zip((b.name for b in self.state.split.sizes.blocks), self.homes, strict=True))
+        homes = dict(zip((p.name for p in self.state.split.sizes.parts), self.homes, strict=True))
         for name, blocks in lists.items():
             assert isinstance(getattr(self.model, name), torch.nn.ModuleList)
             for position, block in enumerate(blocks):

@@ -165,7 +165,7 @@ def test_a_changed_string_plans_the_kept_model_anew(bench, reference, retention,
     assert torch.equal(bench.sample(changed, 2), expected)
     assert bench.loaded().model is model
     assert reads == []
-    assert bench.state().split.homes == ("cpu",) * 8
+    assert bench.state().split.homes[:8] == ("cpu",) * 8
     assert ledger.allocated["acc:1"] == 0
     assert bench.loaded().loaded_size() == bench.state().split.compute_bytes
     assert len(retention) == 1

@@ -48,7 +48,7 @@ def test_a_step_is_within_5_percent_of_the_bound(bench, forward, blocks, ratio):
 
     block = sizes.blocks[0].nbytes
     bandwidth = block / (resident_step / LAYERS) * ratio
-    quota = sizes.non_block_bytes + blocks * block
+    quota = sizes.total_bytes - LAYERS * block + blocks * block
     patcher = bench.load(bench.distorch(f"acc:0,{quota}b;cpu,*"))
     bench.mm.load_models_gpu([patcher])
     split = bench.state(patcher).split

@@ -1,5 +1,7 @@
 """Splits: properties over random models and strings, and the cases that have one right answer."""
 
+from itertools import chain, combinations
+
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -29,8 +31,11 @@ def plan(text, sizes=None, compute="acc:0"):
 
 
 model_sizes = st.builds(
-    lambda sizes, non_block, min_slots: ModelSizes(
-        tuple(Block(f"blocks.{i}", nbytes) for i, nbytes in enumerate(sizes)), non_block, min_slots
+    lambda sizes, non_block, min_slots, embeddings: ModelSizes(
+        tuple(Block(f"blocks.{i}", nbytes) for i, nbytes in enumerate(sizes)),
+        non_block,
+        min_slots,
+        tuple(Block(f"embedding_{i}", nbytes) for i, nbytes in enumerate(embeddings)),
     ),
     st.one_of(
         st.tuples(st.integers(1, 60), st.integers(1, 40 * MIB)).map(lambda p: [p[1]] * p[0]),
@@ -39,7 +44,21 @@ model_sizes = st.builds(
     ),
     st.integers(0, 50 * MIB),
     st.sampled_from([1, 1, 2]),
+    st.lists(st.integers(1, 50 * MIB), max_size=3),
 )
+
+
+def floor_of(sizes):
+    """The least that a model can run with: every block swapped, and the embeddings that pay."""
+    choices = [combinations(sizes.embeddings, n) for n in range(len(sizes.embeddings) + 1)]
+    resident = sizes.total_bytes - sum(block.nbytes for block in sizes.blocks)
+    return min(
+        resident
+        - sum(part.nbytes for part in away)
+        + min(sizes.min_slots, len(sizes.blocks) + len(away))
+        * max(part.nbytes for part in (*sizes.blocks, *away))
+        for away in chain.from_iterable(choices)
+    )
 
 
 @st.composite
@@ -68,11 +87,11 @@ def test_every_split_keeps_its_promises(sizes, text):
     allocation = parse_allocation(text, DEVICES, "acc:0")
     split = plan_split(allocation, sizes, MEMORY)
     quotas = {quota.device: quota for quota in split.quotas}
-    sized = {i: block.nbytes for i, block in enumerate(sizes.blocks)}
+    sized = {i: part.nbytes for i, part in enumerate(sizes.parts)}
     largest = max(sized.values())
 
-    # Every block has one home, among the devices of the string.
-    assert len(split.homes) == len(sizes.blocks)
+    # Every part has one home, among the devices of the string.
+    assert len(split.homes) == len(sizes.parts)
     assert set(split.homes) <= {"acc:0", *quotas}
 
     # Bytes add up: everything is placed once, slots come on top.
@@ -80,8 +99,7 @@ def test_every_split_keeps_its_promises(sizes, text):
     assert placed == sizes.total_bytes + split.slots * split.slot_bytes
 
     # No quota but the wildcard's is exceeded, except below the floor, which is then said.
-    slots = min(sizes.min_slots, len(sizes.blocks))
-    floor = sizes.non_block_bytes + slots * largest
+    floor = floor_of(sizes)
     for device, quota in quotas.items():
         if quota.nbytes is None or quota.wildcard:
             continue
@@ -101,7 +119,7 @@ def test_every_split_keeps_its_promises(sizes, text):
             spare = split.bytes_on(other.device) - (other.nbytes or 0)
             if other.wildcard and other.device not in behind and spare >= largest:
                 behind.add(other.device)
-        left = any(split.homes[i] in behind for i in sized)
+        left = any(home in behind for home in split.homes[: len(sizes.blocks)])
         if left and device != "acc:0":
             assert quota.nbytes - split.bytes_on(device) < largest
         if device == "acc:0" and split.swapped and not _owed(split):
@@ -290,3 +308,46 @@ def test_a_backend_that_does_not_tell_its_memory_asks_for_bytes():
 
 def test_a_wildcard_that_was_written_gets_no_warning():
     assert plan("acc:0,0.03;cpu,*").notes == ()
+
+
+def test_embeddings_leave_where_the_quota_has_no_room_for_them():
+    blocks = tuple(Block(f"blocks.{i}", 10 * MIB) for i in range(8))
+    leading = (Block("time_projection", 6 * MIB), Block("text_embedding", 2 * MIB))
+    sizes = ModelSizes(blocks, 1 * MIB, embeddings=leading)
+
+    def swapped(text):
+        split = plan(text, sizes)
+        names = [sizes.parts[i].name for i in split.swapped]
+        assert names[:8] == [block.name for block in blocks]
+        return names[8:], split.slots
+
+    assert swapped("acc:0,29mb;cpu,*") == ([], 2)
+    # Two slots are worth more than an embedding that stays, an embedding more than its copies.
+    assert swapped("acc:0,28mb;cpu,*") == (["text_embedding"], 2)
+    assert swapped("acc:0,26mb;cpu,*") == (["time_projection"], 2)
+    assert swapped("acc:0,22mb;cpu,*") == (["time_projection", "text_embedding"], 2)
+    assert swapped("acc:0,20mb;cpu,*") == ([], 1)
+    assert swapped("acc:0,18mb;cpu,*") == (["text_embedding"], 1)
+    assert swapped("acc:0,11mb;cpu,*") == (["time_projection", "text_embedding"], 1)
+    # Below the floor everything leaves; without a quota there is none that is too small.
+    assert "below the floor" in plan("acc:0,10mb;cpu,*", sizes).table()
+    assert swapped("acc:0,1mb;cpu,*") == (["time_projection", "text_embedding"], 1)
+    assert swapped("cpu,*") == ([], 2)
+
+
+def test_an_embedding_larger_than_a_block_leaves_only_where_that_pays():
+    blocks = tuple(Block(f"blocks.{i}", 10 * MIB) for i in range(8))
+    large = ModelSizes(blocks, 0, embeddings=(Block("text_embedding", 12 * MIB),))
+    assert plan("acc:0,1mb;cpu,*", large).compute_bytes == 12 * MIB
+    assert plan("#acc:0;1;cpu", large).compute_bytes == 24 * MIB
+    larger = ModelSizes(blocks, 0, embeddings=(Block("text_embedding", 24 * MIB),))
+    assert plan("#acc:0;1;cpu", larger).compute_bytes == 44 * MIB
+
+
+def test_the_table_names_embeddings_that_are_swapped():
+    blocks = tuple(Block(f"blocks.{i}", 10 * MIB) for i in range(8))
+    sizes = ModelSizes(blocks, 1 * MIB, embeddings=(Block("text_embedding", 2 * MIB),))
+    table = plan("acc:0,21mb;cpu,*", sizes).table()
+    assert "text_embedding: 2.00 MiB, swapped from cpu" in table
+    assert "1.00 MiB of non-block weights, 0 resident blocks and 2 slots" in table
+    assert "3.00 MiB of non-block weights" in plan("acc:0,23mb;cpu,*", sizes).table()
