@@ -15,6 +15,7 @@ from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from types import ModuleType
 
+import psutil
 import torch
 
 from . import device_utils
@@ -24,6 +25,7 @@ from .allocation_parser import (
     Block,
     ModelSizes,
     Split,
+    format_bytes,
     parse_allocation,
     plan_split,
 )
@@ -115,6 +117,13 @@ def follow_allocation(patcher) -> None:
         state.follow(allocation)
 
 
+def forget_homes(patcher) -> None:
+    """Free the RAM that a patcher's model has as homes of what is resident."""
+    state = getattr(patcher.model, STATE, None)
+    if state is not None:
+        state.forget_homes()
+
+
 def read_allocation(patcher) -> Allocation:
     """The parsed allocation of a patcher's model.
 
@@ -129,6 +138,14 @@ def read_allocation(patcher) -> Allocation:
 # --------------------------------------------------------------------------------------------
 # A model loaded by this plugin
 # --------------------------------------------------------------------------------------------
+
+# Resident blocks keep homes in RAM while this share of all RAM stays available.
+AVAILABLE_RAM = 0.2
+
+
+def has_room_for_homes(nbytes: int, available: int, total: int) -> bool:
+    """Whether RAM has room for ``nbytes`` of homes; ``available`` and ``total`` RAM in bytes."""
+    return available - nbytes >= AVAILABLE_RAM * total
 
 
 class SwappedModel:
@@ -236,22 +253,48 @@ class SwappedModel:
         homes = [device_utils.torch_device(home) for home in self.split.homes]
         if self._placed is self.split and [pack.device for pack in self.packs] == homes:
             return
-        logger.info(self.split.table())
         self.swap.drop_slots()
-        self.non_block.place(compute)
         for module in _beside(model):
             module.to(compute)
-        # What leaves the compute device goes first: it never holds more than the split says.
-        for pack, home in sorted(
-            zip(self.packs, homes, strict=True), key=lambda p: p[1] == compute
-        ):
-            pack.place(home)
-            if pack.device != compute and pack.device.type == "cpu":
+        targets = [*zip(self.packs, homes, strict=True), (self.non_block, compute)]
+        resident = sum(pack.nbytes for pack, home in targets if home == compute)
+        ram = psutil.virtual_memory()
+        keep_homes = compute.type != CPU and has_room_for_homes(resident, ram.available, ram.total)
+        # What leaves the compute device goes first: it never holds more than the split says. What
+        # travels in every pass is also page-locked first.
+        for pack, home in sorted(targets, key=lambda target: target[1] == compute):
+            pack.place(home, keep_home=keep_homes and home == compute)
+            if compute.type != CPU:
                 pack.lock(pin, unpin)
+        logger.info("\n".join([self.split.table(), *self._in_ram()]))
         # A split without slots needs some once ``give_back`` has taken its resident blocks away.
         self.swap.update(self.split.slots or 2)
         self._placed = self.split
         self._start_driving()
+
+    def _in_ram(self) -> Iterator[str]:
+        """Lines for the table: what there is in RAM, and how."""
+        compute = self.swap.compute_device
+        swapped = [pack for pack in self.packs if pack.device == torch.device(CPU) != compute]
+        if swapped:
+            locked = sum(pack.locked for pack in swapped)
+            yield (
+                f"  RAM: {locked} of {len(swapped)} homes are page-locked, "
+                f"{len(swapped) - locked} are copied in stages"
+            )
+        homes = sum(pack.home_bytes for pack in self.all_packs())
+        if homes:
+            yield f"  RAM: {format_bytes(homes)} of homes for what is resident: unloading is free"
+        elif compute.type != CPU:
+            yield (
+                f"  RAM: no homes for what is resident, {AVAILABLE_RAM:.0%} of all RAM is to stay "
+                f"available"
+            )
+
+    def forget_homes(self) -> None:
+        """Free the homes of what is resident: RAM is short, or they no longer hold what it does."""
+        for pack in self.all_packs():
+            pack.forget_home()
 
     def give_back(self, nbytes: int, offload_device: torch.device) -> int:
         """Free at least ``nbytes`` of the compute device if possible; returns the bytes freed.
@@ -279,8 +322,9 @@ class SwappedModel:
         self.swap.drop_slots()
         for pack in self.all_packs():
             if donors_too or pack.device in (None, self.swap.compute_device):
-                pack.unlock()
                 pack.place(storage)
+            if donors_too:
+                pack.unlock()
         self._stop_driving()
         self._placed = None
         return storage
@@ -392,6 +436,8 @@ def _patch_weights(patcher, state: SwappedModel, device_to) -> None:
         wipe_lowvram_weight,
     )
 
+    if patcher.weight_inplace_update:
+        state.forget_homes()
     for entry in patcher._load_list():
         name, module, params = entry[-3:]
         module.comfy_force_cast_weights = patcher.force_cast_weights
@@ -503,6 +549,7 @@ def change_hooks(wrapped, patcher, args, kwargs):
     token = _for_hooks.set(True)
     try:
         with state.swap.writing_homes():
+            state.forget_homes()  # hooks write into resident weights, too
             return wrapped(*args, **kwargs)
     finally:
         _for_hooks.reset(token)

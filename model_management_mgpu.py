@@ -29,6 +29,7 @@ from .distorch2_patch import (
     allocation_text,
     distorch2_nodes,
     follow_allocation,
+    forget_homes,
     is_swapped_here,
     patchers_of,
 )
@@ -547,6 +548,8 @@ def _soft_empty_cache(join: MemoryJoin, host: Callable) -> Callable:
         if not running and join.watch.is_short():
             logger.warning(f"[MultiGPU] RAM is above {RAM_THRESHOLD:.0f}%: node outputs are let go")
             join.retention.let_go_all("RAM is short")
+            for patcher in list(join.patchers):
+                forget_homes(patcher)
             _forget_outputs(join)
         active = any(is_distorch2(model) for _, model in _loaded(mm))
         if active:

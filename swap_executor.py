@@ -167,18 +167,28 @@ def copy_of(tensor: torch.Tensor) -> torch.Tensor:
         return _builder(tensor)([leaf.clone() for leaf in _leaves_of(tensor)])
 
 
+@dataclass(frozen=True, eq=False)
+class _Buffer:
+    """A packed buffer, and the weights as views of it."""
+
+    flat: torch.Tensor
+    views: tuple[torch.Tensor, ...]
+
+
 class Pack:
     """All parameters and buffers of some modules in one contiguous buffer on one device.
 
     The modules' tensors are views of the buffer, so one copy moves them all. ``nbytes`` includes
     the padding between tensors; ``flat`` is the uint8 buffer and ``views`` are the tensors in it,
-    both empty before the first ``place``.
+    both empty before the first ``place``. A pack on an accelerator may keep a copy in host memory,
+    its home, which it goes back to without copying anything.
     """
 
     def __init__(self, weights: Sequence[_Weight], nbytes: int):
         self._weights = tuple(weights)
         self._foreign: set[int] = set()  # weights that others hold in another shape, by index
         self._unlock: weakref.finalize | None = None
+        self._home: _Buffer | None = None
         self.nbytes = nbytes
         self.flat: torch.Tensor | None = None
         self.views: tuple[torch.Tensor, ...] = ()
@@ -204,13 +214,34 @@ class Pack:
         """Where the packed weights live; ``None`` before the first ``place``."""
         return None if self.flat is None else self.flat.device
 
-    def place(self, device: torch.device) -> None:
+    @property
+    def locked(self) -> bool:
+        """Whether what there is of it in host memory is page-locked."""
+        return self._unlock is not None
+
+    @property
+    def home_bytes(self) -> int:
+        """Bytes of host memory that a pack on an accelerator has as its home."""
+        return 0 if self._home is None else self.nbytes
+
+    def place(self, device: torch.device, keep_home: bool = False) -> None:
         """Move the weights to ``device``, packing them if they are not yet packed.
 
-        The memory they had is free afterwards, and the copy is complete when this returns.
+        The memory they had is free afterwards, but for the home that ``keep_home`` asks for, and
+        the copy is complete when this returns.
         """
         if self.device == device:
             return
+        if self._home is not None and self._home.flat.device == device:
+            self.flat, self.views = self._home.flat, self._home.views
+            self._home = None
+            self.point(self.views)
+            return
+        if keep_home and self.flat is None:
+            self.place(torch.device("cpu"))
+        home = self._home
+        if home is None and keep_home and self.flat.device.type == "cpu":
+            home = _Buffer(self.flat, self.views)
         with _ordinary_tensors():
             flat = torch.empty(self.nbytes, dtype=torch.uint8, device=device)
             views = self.views_of(flat)
@@ -221,23 +252,32 @@ class Pack:
                     weight.write(weight.table[weight.name], flat)
         # From one donor to another, the copy is ordered before no stream that will read it.
         synchronize(device)
-        self.unlock()
-        self.flat, self.views = flat, views
+        if home is None or not keep_home:
+            self.unlock()
+            home = None
+        self.flat, self.views, self._home = flat, views, home
         self.point(views)
+
+    def forget_home(self) -> None:
+        """Free the home of a pack on an accelerator, which others are about to write to."""
+        if self._home is not None:
+            self.unlock()
+            self._home = None
 
     def lock(
         self,
         pin: Callable[[torch.Tensor], bool],
         unpin: Callable[[torch.Tensor], object],
     ) -> bool:
-        """Page-lock the buffer with the host's ``pin``, until it moves or is freed.
+        """Page-lock the buffer in host memory with the host's ``pin``, until it is freed.
 
         Returns whether it is page-locked; where ``pin`` refuses, copies are correct but slower.
         """
-        if self._unlock is None and pin(self.flat):
-            self._unlock = weakref.finalize(self, unpin, self.flat)
+        in_ram = self.flat if self._home is None else self._home.flat
+        if self._unlock is None and in_ram.device.type == "cpu" and pin(in_ram):
+            self._unlock = weakref.finalize(self, unpin, in_ram)
             self._unlock.atexit = False
-        return self._unlock is not None
+        return self.locked
 
     def unlock(self) -> None:
         """Undo ``lock``."""
@@ -272,6 +312,8 @@ class Pack:
                     continue
                 if weight.fits(tensor):
                     weight.write(tensor, self.flat)
+                    if self._home is not None:
+                        weight.write(tensor, self._home.flat)
                     weight.hang(view)
                     self._foreign.discard(index)
                 else:

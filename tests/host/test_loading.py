@@ -1,5 +1,7 @@
 """Loading, accounting, unloading and patching on a real ComfyUI."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from rig.comfy_host import PromptError
 
 ledger = simulator.ledger
 SPLIT = "acc:0,12mb;acc:1,8mb;cpu,*"
+FILES = ("wan", "other")
 
 
 def tensors(model):
@@ -298,3 +301,116 @@ def test_a_model_that_is_no_wan_goes_to_multigpus_own_path(bench, monkeypatch):
     assert devices == {"acc:0", "acc:1"}
     bench.allocate(patcher, "")
     patcher.detach()
+
+
+# --------------------------------------------------------------- homes of what is resident
+
+
+@pytest.fixture
+def ram(bench, monkeypatch):
+    """Sets how much RAM there is, in bytes: `ram(available, total)`."""
+
+    def ram(available, total):
+        memory = SimpleNamespace(available=available, total=total)
+        psutil = SimpleNamespace(virtual_memory=lambda: memory)
+        monkeypatch.setattr(bench.module("distorch2_patch"), "psutil", psutil)
+
+    return ram
+
+
+def copies_of(direction, nbytes=20_000):
+    """The copies up to the compute device, or down from it, that are larger than a latent."""
+    up = direction == "up"
+    large = [copy for copy in ledger.copies if copy.nbytes > nbytes]
+    return sum(c.nbytes for c in large if COMPUTE == (c.destination if up else c.source))
+
+
+def test_with_homes_in_ram_unloading_is_free_and_loading_moves_what_is_resident(bench, ram):
+    ram(1 << 40, 1 << 41)
+    patcher = bench.load(bench.distorch(SPLIT))
+    with torch.inference_mode():
+        bench.mm.load_models_gpu([patcher])
+    before, state = tensors(patcher.model), bench.state(patcher)
+    split = state.split
+    resident = split.compute_bytes - split.slots * split.slot_bytes
+    beside = split.sizes.non_block_bytes - state.non_block.nbytes
+    assert sum(pack.home_bytes for pack in state.all_packs()) == resident - beside
+    ledger.clear_copies()
+    with torch.inference_mode():
+        bench.mm.free_memory(1 << 20, torch.device(COMPUTE))
+        bench.mm.current_loaded_models.clear()
+        patcher.partially_unload(patcher.offload_device, 1 << 40)
+        patcher.unpatch_model(patcher.offload_device)
+    assert copies_of("down") == 0
+    assert ledger.allocated[COMPUTE] < 20_000
+    assert same(tensors(patcher.model), before)
+    ledger.clear_copies()
+    with torch.inference_mode():
+        bench.mm.load_models_gpu([patcher])
+    assert 0 <= copies_of("up") - (resident - beside) < 20_000
+    assert same(tensors(patcher.model), before)
+
+
+def test_patches_reach_homes_too(bench, ram, reference):
+    ram(1 << 40, 1 << 41)
+    plain = bench.sample(bench.lora(bench.plain(), 0.8))
+    bench.clear()
+    swapped = bench.lora(bench.distorch(SPLIT), 0.8)
+    assert torch.equal(bench.sample(swapped), plain)
+    patcher, state = bench.loaded(), bench.state()
+    assert sum(pack.home_bytes for pack in state.all_packs()) > 0
+    # What is resident goes home while the LoRA is applied, and the model runs on.
+    ledger.clear_copies()
+    patcher.partially_unload(patcher.offload_device, 1 << 40)
+    assert copies_of("down") == 0
+    assert torch.equal(bench.sample(swapped, seed=1, steps=2), plain)
+    assert torch.equal(bench.sample(bench.distorch(SPLIT)), reference[1])
+
+
+def test_homes_are_let_go_where_ram_is_short(bench, ram, reference):
+    ram(1 << 20, 1 << 30)
+    assert torch.equal(bench.sample(bench.distorch(SPLIT)), reference[1])
+    assert sum(pack.home_bytes for pack in bench.state().all_packs()) == 0
+    bench.clear()
+    ram(1 << 40, 1 << 41)
+    bench.sample(bench.distorch(SPLIT))
+    state = bench.state()
+    assert sum(pack.home_bytes for pack in state.all_packs()) > 0
+    bench.module("distorch2_patch").forget_homes(bench.loaded())
+    assert sum(pack.home_bytes for pack in state.all_packs()) == 0
+    assert torch.equal(bench.sample(bench.distorch(SPLIT), 2), reference[2])
+
+
+def test_the_rule_for_homes(bench):
+    has_room = bench.module("distorch2_patch").has_room_for_homes
+    assert has_room(10, available=30, total=100)
+    assert not has_room(11, available=30, total=100)
+
+
+def test_two_experts_take_turns_for_one_upload_of_what_is_resident(bench, ram, monkeypatch):
+    ram(1 << 40, 1 << 41)
+    loaders = [bench.distorch("acc:0,9mb;cpu,*", unet_name=f"{n}.safetensors") for n in FILES]
+    patchers = [bench.load(loader) for loader in loaders]
+    host_free = bench.mm.get_free_memory
+    room = 9 * (1 << 20) + bench.mm.minimum_inference_memory()
+
+    def get_free_memory(dev=None, torch_free_too=False):
+        dev = bench.mm.get_torch_device() if dev is None else dev
+        if str(dev) != COMPUTE:
+            return host_free(dev, torch_free_too)
+        left = room - ledger.allocated[COMPUTE]
+        return (left, 0) if torch_free_too else left
+
+    monkeypatch.setattr(bench.mm, "get_free_memory", get_free_memory)
+    with torch.inference_mode():
+        for patcher in patchers:
+            bench.mm.load_models_gpu([patcher])
+        for patcher in [*patchers, *patchers]:
+            ledger.clear_copies()
+            bench.mm.load_models_gpu([patcher])
+            state = bench.state(patcher)
+            homes = sum(pack.home_bytes for pack in state.all_packs())
+            assert homes > 0
+            assert copies_of("down") == 0
+            assert 0 < copies_of("up") <= homes + 20_000
+    del patchers
