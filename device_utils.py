@@ -96,6 +96,17 @@ def used_memory(name: str) -> int:
     return 0
 
 
+def page_locked(nbytes: int) -> torch.Tensor | None:
+    """A page-locked uint8 buffer in host memory; ``None`` where this machine gives none.
+
+    torch rounds what it allocates so up to a power of two.
+    """
+    try:
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+    except RuntimeError:  # no accelerator that copies from it, or no memory left to lock
+        return None
+
+
 def empty_caches() -> None:
     """Give back what the allocators of all devices hold without using it."""
     for name in device_names():

@@ -266,9 +266,9 @@ class SwappedModel:
             pack.place(home, keep_home=keep_homes and home == compute)
             if compute.type != CPU:
                 pack.lock(pin, unpin)
-        logger.info("\n".join([self.split.table(), *self._in_ram()]))
         # A split without slots needs some once ``give_back`` has taken its resident blocks away.
         self.swap.update(self.split.slots or 2)
+        logger.info("\n".join([self.split.table(), *self._in_ram()]))
         self._placed = self.split
         self._start_driving()
 
@@ -277,10 +277,10 @@ class SwappedModel:
         compute = self.swap.compute_device
         swapped = [pack for pack in self.packs if pack.device == torch.device(CPU) != compute]
         if swapped:
-            locked = sum(pack.locked for pack in swapped)
+            locked, staged = sum(pack.locked for pack in swapped), self.swap.count_staged()
             yield (
-                f"  RAM: {locked} of {len(swapped)} homes are page-locked, "
-                f"{len(swapped) - locked} are copied in stages"
+                f"  RAM: of {len(swapped)} homes {locked} are page-locked, {staged} staged through "
+                f"page-locked memory, {len(swapped) - locked - staged} pageable"
             )
         homes = sum(pack.home_bytes for pack in self.all_packs())
         if homes:

@@ -14,17 +14,23 @@ import threading
 import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 
+from . import device_utils
 from .device_utils import stream_module, synchronize
 
 logger = logging.getLogger("MultiGPU")
 
 # Offsets in a pack: what CUDA's own allocations guarantee to kernels that load whole vectors.
 ALIGNMENT = 256
+
+# What pageable homes go through: at 25 GB/s a chunk is on the bus for less than a millisecond.
+CHUNK_BYTES = 1 << 24
+RING_CHUNKS = 4
 
 _passes = threading.local()
 
@@ -321,6 +327,45 @@ class Pack:
         return sum(self._weights[i].table[self._weights[i].name].nbytes for i in self._foreign)
 
 
+class _Ring:
+    """A small page-locked buffer that pageable homes pass through, chunk by chunk.
+
+    A copy from pageable memory would block the host. Here a worker thread fills one chunk while
+    the chunks before it are on the bus, and only the worker waits.
+    """
+
+    def __init__(self, buffer: torch.Tensor):
+        self._chunks = [[chunk, None] for chunk in buffer.chunk(RING_CHUNKS)]
+        self._next = 0
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="block-swap")
+
+    @classmethod
+    def make(cls) -> _Ring | None:
+        """A ring, or ``None`` where this machine gives no page-locked memory."""
+        buffer = device_utils.page_locked(CHUNK_BYTES * RING_CHUNKS)
+        return None if buffer is None else cls(buffer)
+
+    def submit(self, copy: Callable[[], None]) -> Future:
+        """Have the worker run ``copy``, after what was submitted before."""
+        return self._worker.submit(copy)
+
+    def copy(self, home: torch.Tensor, target: torch.Tensor, stream, new_event) -> None:
+        """Queue the copy of ``home`` to ``target`` on ``stream``, the current one."""
+        size = self._chunks[0][0].nbytes
+        for start in range(0, home.nbytes, size):
+            slice_ = home[start : start + size]
+            entry = self._chunks[self._next]
+            self._next = (self._next + 1) % len(self._chunks)
+            chunk, left = entry
+            if left is not None:
+                left.synchronize()
+            part = chunk[: slice_.nbytes]
+            part.copy_(slice_)
+            target[start : start + size].copy_(part, non_blocking=True)
+            entry[1] = new_event()
+            entry[1].record(stream)
+
+
 class _Link:
     """The way from one donor to the compute device, with a copy stream of its own.
 
@@ -329,6 +374,7 @@ class _Link:
     """
 
     def __init__(self, donor: torch.device, compute: torch.device):
+        self._module = stream_module(compute)
         self._streams = []
         self._contexts = []
         for device in (donor, compute):
@@ -337,9 +383,28 @@ class _Link:
                 self._streams.append(module.Stream(device=device))
                 self._contexts.append(module.stream)
 
-    def copy(self, home: torch.Tensor, target: torch.Tensor, slot: _Slot) -> None:
-        """Queue the copy of ``home`` to ``target`` in ``slot``, after the slot's last reader."""
-        with ExitStack() as stack:
+    @functools.cached_property
+    def _ring(self) -> _Ring | None:
+        return _Ring.make()
+
+    def is_staged(self, pack: Pack) -> bool:
+        """Whether ``pack`` goes through the ring: it is in host memory that is not page-locked."""
+        pageable = pack.device.type == "cpu" and not pack.locked and self._module is not None
+        return pageable and self._ring is not None
+
+    def copy(self, pack: Pack, target: torch.Tensor, slot: _Slot) -> None:
+        """Queue the copy of ``pack`` to ``target`` in ``slot``, after the slot's last reader."""
+        slot.await_queued()
+        if self.is_staged(pack):
+            copy = functools.partial(self._queue, pack.flat, target, slot, self._ring)
+            slot.queued = self._ring.submit(copy)
+        else:
+            self._queue(pack.flat, target, slot)
+
+    def _queue(
+        self, home: torch.Tensor, target: torch.Tensor, slot: _Slot, ring: _Ring | None = None
+    ) -> None:
+        with _ordinary_tensors(), ExitStack() as stack:
             for context, stream in zip(self._contexts, self._streams, strict=True):
                 stack.enter_context(context(stream))
             if slot.released is None:
@@ -349,10 +414,17 @@ class _Link:
             # The last block may have come over another link and never have been used.
             arrival_stream.wait_event(slot.arrived)
             arrival_stream.wait_event(slot.released)
-            target.copy_(home, non_blocking=True)
+            if ring is None:
+                target.copy_(home, non_blocking=True)
+            else:
+                ring.copy(home, target, arrival_stream, self._module.Event)
             slot.arrived.record(arrival_stream)
 
     def synchronize(self) -> None:
+        """Wait for every copy on its way; what failed in the worker has failed for its slot."""
+        ring = vars(self).get("_ring")
+        if ring is not None:
+            ring.submit(lambda: None).result()
         for stream in self._streams:
             stream.synchronize()
 
@@ -361,13 +433,15 @@ class _Slot:
     """A buffer on the compute device that swapped blocks are copied into in turn.
 
     ``arrived`` and ``released`` are the events that order the copy stream and the compute stream;
-    ``None`` on a device without streams, where every copy is complete when it returns.
+    ``None`` on a device without streams, where every copy is complete when it returns. ``queued``
+    is the work of another thread that queues the copy, where there is one.
     """
 
     def __init__(self, nbytes: int, device: torch.device):
         with _ordinary_tensors():
             self.buffer = torch.empty(nbytes, dtype=torch.uint8, device=device)
         self.block: int | None = None
+        self.queued: Future | None = None
         self.uses: set[_Use] = set()
         self.views: dict[int, tuple[torch.Tensor, tuple[torch.Tensor, ...]]] = {}
         self._module = stream_module(device)
@@ -378,7 +452,19 @@ class _Slot:
             # The allocator may hand out memory that the compute stream has still to finish with.
             self.record_release()
 
+    def await_queued(self) -> None:
+        """Wait until the copy is queued; raises what went wrong with that."""
+        if self.queued is not None:
+            queued, self.queued = self.queued, None
+            try:
+                queued.result()
+            except BaseException:
+                self.block = None
+                raise
+
     def await_arrival(self) -> None:
+        """Let the computation wait for the copy."""
+        self.await_queued()
         if self.arrived is not None:
             self._module.current_stream(self._device).wait_event(self.arrived)
 
@@ -467,7 +553,7 @@ class BlockSwap:
         """
         _drain(self._links)
         for slot in self._slots:
-            slot.block = None
+            slot.block = slot.queued = None
 
     @contextmanager
     def writing_homes(self) -> Iterator[None]:
@@ -479,11 +565,17 @@ class BlockSwap:
             for device in {pack.device for pack in self._packs} - {None}:
                 synchronize(device)
 
+    def count_staged(self) -> int:
+        """How many swapped blocks lie in host memory that is not page-locked, and are staged."""
+        swapped = [self._packs[index] for index in self._order]
+        return sum(self._link(pack).is_staged(pack) for pack in swapped)
+
     def drop_slots(self) -> int:
         """Free the slots and return their bytes. The next pass allocates them anew."""
         self.settle()
         freed = self.slot_bytes
         self._slots.clear()
+        self._links.clear()
         return freed
 
     @property
@@ -594,12 +686,17 @@ class BlockSwap:
         if index in self._swapped:
             self._advance(index)
             slot = self._slot_with(index) or self._fetch(index)
-            slot.await_arrival()
-            pack = self._packs[index]
-            use = _Use(pack, slot)
+            use = _Use(self._packs[index], slot)
             slot.uses.add(use)
-            pack.point(slot.views[index][1])
+        # What comes next is queued first: the arrival of a staged copy is waited for by the host.
         self._prefetch()
+        if use is not None:
+            try:
+                use.slot.await_arrival()
+            except BaseException:
+                use.slot.uses.discard(use)
+                raise
+            use.pack.point(use.slot.views[index][1])
         return use
 
     def release(self, use: _Use | None) -> None:
@@ -662,12 +759,15 @@ class BlockSwap:
             with _ordinary_tensors():
                 target = slot.buffer[: pack.nbytes]
             slot.views[index] = (target, pack.views_of(target))
-        if pack.device not in self._links:
-            self._links[pack.device] = _Link(pack.device, self.compute_device)
         slot.block = None  # until the copy is queued, so that an error leaves no false promise
-        self._links[pack.device].copy(pack.flat, slot.views[index][0], slot)
+        self._link(pack).copy(pack, slot.views[index][0], slot)
         slot.block = index
         return slot
+
+    def _link(self, pack: Pack) -> _Link:
+        if pack.device not in self._links:
+            self._links[pack.device] = _Link(pack.device, self.compute_device)
+        return self._links[pack.device]
 
 
 def _hide_from_dynamo() -> None:

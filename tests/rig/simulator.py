@@ -89,13 +89,27 @@ class Timeline:
 
 
 class _Host(Timeline):
-    """What the host has synchronised with. Everything enqueued later comes after it."""
+    """What the host has synchronised with. Everything enqueued later comes after it.
 
-    __slots__ = ("version",)
+    What is known to be finished holds for all threads, but each waits on its own: its virtual time
+    is not that of others.
+    """
+
+    __slots__ = ("_threads", "version")
 
     def __init__(self) -> None:
+        self._threads = threading.local()
         super().__init__()
         self.version = 0
+
+    @property
+    def time(self) -> float:
+        epoch, seconds = getattr(self._threads, "time", (Timeline.epoch, 0.0))
+        return seconds if epoch == Timeline.epoch else 0.0
+
+    @time.setter
+    def time(self, seconds: float) -> None:
+        self._threads.time = Timeline.epoch, seconds
 
     def synchronize(self, other: Timeline) -> None:
         """Block the host until `other`."""
@@ -415,8 +429,8 @@ def _current_stream(accelerator: Accelerator) -> Stream:
 class HostMemory:
     """The ranges of host memory that copies issued as non-blocking have yet to read or write.
 
-    Ranges are addresses and keep nothing alive. Page-locked memory is assumed: from pageable memory
-    CUDA would read earlier than this.
+    Ranges are addresses and keep nothing alive. Page-locked memory is assumed unless `page_locking`
+    is enforced: from pageable memory CUDA would read earlier than this.
     """
 
     def __init__(self) -> None:
@@ -455,6 +469,34 @@ class HostMemory:
         last = sum((size - 1) * stride for size, stride in steps)
         return start, start + (last + 1) * tensor.element_size()
 
+
+class PageLocking:
+    """Which host memory is page-locked: all of it, unless `enforced`.
+
+    Where it is enforced, a copy from memory that was not locked blocks the host, as on CUDA.
+    """
+
+    def __init__(self) -> None:
+        self.enforced = False
+        self._locked: dict[int, int] = {}
+
+    def lock(self, tensor: torch.Tensor) -> bool:
+        """Page-lock the memory of a tensor on the CPU, until `unlock`."""
+        self._locked[tensor.data_ptr()] = tensor.data_ptr() + tensor.nbytes
+        return True
+
+    def unlock(self, tensor: torch.Tensor) -> None:
+        del self._locked[tensor.data_ptr()]
+
+    def blocks(self, tensor: torch.Tensor) -> bool:
+        """Whether a copy from `tensor` blocks the host."""
+        start = tensor.data_ptr()
+        end = start + tensor.nbytes
+        held = any(first <= start and end <= last for first, last in self._locked.items())
+        return self.enforced and not held
+
+
+page_locking = PageLocking()
 
 _host_memory = HostMemory()
 host_in_flight = _host_memory.in_flight
@@ -845,7 +887,7 @@ def _copy(destination: torch.Tensor, source: torch.Tensor, non_blocking: bool) -
         ledger.copies.append(Copy(origin, to, nbytes, stream))
         if partner is not None:
             partner.wait_stream(stream)
-        elif not non_blocking:
+        elif not non_blocking or (up and page_locking.blocks(source)):
             stream.synchronize()
         elif down:
             _host_memory.add(destination, point)

@@ -183,3 +183,37 @@ def test_what_others_hang_on_a_module_is_absorbed_where_it_fits():
     block.weight = torch.nn.Parameter(home.clone(), requires_grad=False)
     assert pack.absorb() == 0
     assert block.weight is home
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_in_a_slot_are_aligned_whatever_their_sizes(kind):
+    """Kernels that load whole vectors fault on "misaligned address" otherwise."""
+    seen = []
+
+    class Odd(KINDS[kind]):
+        def __init__(self, weight):
+            super().__init__(weight)
+            self.odd = torch.nn.ParameterList(torch.zeros(length) for length in (3, 1, 5))
+
+        def forward(self, x):
+            (slot,) = [slot for slot in swap._slots if slot.uses]
+            start = slot.buffer.data_ptr()
+            for weight in self.parameters():
+                for tensor in leaves(weight):
+                    assert tensor.is_contiguous()
+                    assert start <= tensor.data_ptr() < start + slot.buffer.nbytes
+                    seen.append((tensor.data_ptr() - start) % 256)
+            return super().forward(x)
+
+    model = Model(Odd)
+    swap = swap_of(model, ["cpu"] * LAYERS)
+    model(torch.randn(4, DIM).to("acc:0"))
+    assert len(seen) == LAYERS * (5 if kind == "wrapper" else 4)
+    assert set(seen) == {0}
+
+
+def leaves(weight):
+    """The tensors with memory of their own that a weight consists of."""
+    if hasattr(type(weight), "__tensor_flatten__"):
+        return [getattr(weight, name) for name in weight.__tensor_flatten__()[0]]
+    return [weight]
