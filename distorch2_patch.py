@@ -18,7 +18,7 @@ from types import ModuleType
 import psutil
 import torch
 
-from . import device_utils
+from . import device_utils, step_time
 from .allocation_parser import (
     CPU,
     Allocation,
@@ -30,7 +30,7 @@ from .allocation_parser import (
     plan_split,
 )
 from .patch_table import Patch, PatchTable
-from .swap_executor import BlockSwap, Pack, copy_of
+from .swap_executor import BlockSwap, Pack, PassTime, copy_of
 
 logger = logging.getLogger("MultiGPU")
 
@@ -190,6 +190,7 @@ class SwappedModel:
             compute, self.packs, indices, {name: first + i for i, name in enumerate(leading)}
         )
         self._placed: Split | None = None
+        self.timing: step_time.Timing | None = None
         self._diffusion_model = weakref.ref(diffusion_model)
         self._undrive: Callable[[], None] | None = None
         self._foreign_bytes = 0
@@ -204,6 +205,8 @@ class SwappedModel:
         """Plan anew if the allocation is another; the next load moves what has to move."""
         if allocation != self.split.allocation:
             self.split = self._plan(allocation)
+            if self.timing is not None:
+                self.split = step_time.improve(self.split, self.timing)
 
     @property
     def loaded(self) -> bool:
@@ -249,14 +252,25 @@ class SwappedModel:
 
         Where everything is in place already, nothing is touched: what the slots hold stays good.
         """
-        compute = self.swap.compute_device
-        homes = [device_utils.torch_device(home) for home in self.split.homes]
-        if self._placed is self.split and [pack.device for pack in self.packs] == homes:
+        if self._placed is self.split and [pack.device for pack in self.packs] == self._homes():
             return
-        self.swap.drop_slots()
         for module in _beside(model):
-            module.to(compute)
-        targets = [*zip(self.packs, homes, strict=True), (self.non_block, compute)]
+            module.to(self.swap.compute_device)
+        self._pin, self._unpin = pin, unpin
+        timed = weakref.WeakMethod(self._timed)
+        self.swap.on_pass_time = lambda pass_time: timed()(pass_time)
+        self._place()
+        logger.info("\n".join([self.split.table(), *self._remarks()]))
+        self._start_driving()
+
+    def _homes(self) -> list[torch.device]:
+        return [device_utils.torch_device(home) for home in self.split.homes]
+
+    def _place(self) -> None:
+        """Move what is not where the split wants it."""
+        compute = self.swap.compute_device
+        self.swap.drop_slots()
+        targets = [*zip(self.packs, self._homes(), strict=True), (self.non_block, compute)]
         resident = sum(pack.nbytes for pack, home in targets if home == compute)
         ram = psutil.virtual_memory()
         keep_homes = compute.type != CPU and has_room_for_homes(resident, ram.available, ram.total)
@@ -265,15 +279,41 @@ class SwappedModel:
         for pack, home in sorted(targets, key=lambda target: target[1] == compute):
             pack.place(home, keep_home=keep_homes and home == compute)
             if compute.type != CPU:
-                pack.lock(pin, unpin)
+                pack.lock(self._pin, self._unpin)
         # A split without slots needs some once ``give_back`` has taken its resident blocks away.
         self.swap.update(self.split.slots or 2)
-        logger.info("\n".join([self.split.table(), *self._in_ram()]))
         self._placed = self.split
-        self._start_driving()
 
-    def _in_ram(self) -> Iterator[str]:
-        """Lines for the table: what there is in RAM, and how."""
+    def _timed(self, pass_time: PassTime) -> None:
+        """Say what the split costs now that it is known, and improve it where that pays."""
+        compute = pass_time.total - pass_time.waiting
+        if compute <= 0:
+            return
+        moved: dict[str, list[float]] = {}
+        for donor, nbytes, seconds in pass_time.copies:
+            sums = moved.setdefault(device_utils.name_of(donor), [0, 0.0])
+            sums[0] += nbytes
+            sums[1] += seconds
+        bandwidth = {donor: nbytes / s for donor, (nbytes, s) in moved.items() if s > 0}
+        self.timing = step_time.Timing(compute, bandwidth)
+        planned, self.split = self.split, step_time.improve(self.split, self.timing)
+        if self.split is not planned:
+            try:
+                self._place()
+                logger.info(self.split.table())
+            except RuntimeError as error:  # no memory for what should have fitted
+                logger.warning(f"[MultiGPU] block swap: the split stays as it was: {error}")
+                self.split = planned
+                self._place()
+                self.swap.on_pass_time = None  # nor is that tried again before the next load
+        logger.info(f"[MultiGPU] block swap: {step_time.report(self.split, self.timing)}")
+
+    def _remarks(self) -> Iterator[str]:
+        """Lines for the table: what a pass will take, what there is in RAM, and how."""
+        if self.timing is not None:
+            yield f"  {step_time.report(self.split, self.timing)}"
+        elif self.split.bytes_per_pass:
+            yield step_time.transfer_line(self.split)
         compute = self.swap.compute_device
         swapped = [pack for pack in self.packs if pack.device == torch.device(CPU) != compute]
         if swapped:

@@ -173,6 +173,73 @@ def copy_of(tensor: torch.Tensor) -> torch.Tensor:
         return _builder(tensor)([leaf.clone() for leaf in _leaves_of(tensor)])
 
 
+@dataclass(frozen=True)
+class PassTime:
+    """What a timed pass took, in seconds.
+
+    ``total`` from its first to its last computation, ``waiting`` of that for copies to arrive;
+    ``copies`` are the donors, bytes and seconds of the copies that were queued in it.
+    """
+
+    total: float
+    waiting: float
+    copies: tuple[tuple[torch.device, int, float], ...]
+
+
+class _PassTimer:
+    """Events around a pass, its waits and its copies; the host waits for none of them."""
+
+    def __init__(self, device: torch.device):
+        self._module = stream_module(device)
+        self._device = device
+        self._waits: list[tuple] = []
+        self._copies: list[tuple] = []
+        self._start = self._mark()
+        self._end = None
+
+    def _mark(self, stream=None):
+        event = self._module.Event(enable_timing=True)
+        event.record(self._module.current_stream(self._device) if stream is None else stream)
+        return event
+
+    @contextmanager
+    def wait(self) -> Iterator[None]:
+        """Around what makes the computation wait."""
+        before = self._mark()
+        yield
+        self._waits.append((before, self._mark()))
+
+    @contextmanager
+    def copy(self, donor: torch.device, nbytes: int, stream) -> Iterator[None]:
+        """Around what is queued on the copy stream for one block."""
+        before = self._mark(stream)
+        yield
+        self._copies.append((donor, nbytes, before, self._mark(stream)))
+
+    @property
+    def running(self) -> bool:
+        return self._end is None
+
+    def stop(self) -> None:
+        """The pass is complete."""
+        self._end = self._mark()
+
+    def result(self) -> PassTime | None:
+        """What it took; ``None`` while that is not over on the device."""
+        events = [self._end, *(after for *_, after in self._copies)]
+        if not all(event.query() for event in events):
+            return None
+
+        def seconds(before, after) -> float:
+            return before.elapsed_time(after) / 1000
+
+        return PassTime(
+            seconds(self._start, self._end),
+            sum(seconds(*wait) for wait in self._waits),
+            tuple((donor, n, seconds(before, after)) for donor, n, before, after in self._copies),
+        )
+
+
 @dataclass(frozen=True, eq=False)
 class _Buffer:
     """A packed buffer, and the weights as views of it."""
@@ -263,6 +330,8 @@ class Pack:
             home = None
         self.flat, self.views, self._home = flat, views, home
         self.point(views)
+        # glibc would keep what the weights had: on a load after the first, all of the model.
+        device_utils.trim_host_heap()
 
     def forget_home(self) -> None:
         """Free the home of a pack on an accelerator, which others are about to write to."""
@@ -392,17 +461,22 @@ class _Link:
         pageable = pack.device.type == "cpu" and not pack.locked and self._module is not None
         return pageable and self._ring is not None
 
-    def copy(self, pack: Pack, target: torch.Tensor, slot: _Slot) -> None:
+    def copy(self, pack: Pack, target: torch.Tensor, slot: _Slot, timer: _PassTimer | None) -> None:
         """Queue the copy of ``pack`` to ``target`` in ``slot``, after the slot's last reader."""
         slot.await_queued()
         if self.is_staged(pack):
-            copy = functools.partial(self._queue, pack.flat, target, slot, self._ring)
+            copy = functools.partial(self._queue, pack.flat, target, slot, timer, self._ring)
             slot.queued = self._ring.submit(copy)
         else:
-            self._queue(pack.flat, target, slot)
+            self._queue(pack.flat, target, slot, timer)
 
     def _queue(
-        self, home: torch.Tensor, target: torch.Tensor, slot: _Slot, ring: _Ring | None = None
+        self,
+        home: torch.Tensor,
+        target: torch.Tensor,
+        slot: _Slot,
+        timer: _PassTimer | None,
+        ring: _Ring | None = None,
     ) -> None:
         with _ordinary_tensors(), ExitStack() as stack:
             for context, stream in zip(self._contexts, self._streams, strict=True):
@@ -414,6 +488,8 @@ class _Link:
             # The last block may have come over another link and never have been used.
             arrival_stream.wait_event(slot.arrived)
             arrival_stream.wait_event(slot.released)
+            if timer is not None:
+                stack.enter_context(timer.copy(home.device, home.nbytes, arrival_stream))
             if ring is None:
                 target.copy_(home, non_blocking=True)
             else:
@@ -495,6 +571,9 @@ class BlockSwap:
     block in, yield it, and release it when the loop comes back; so are swapped embeddings, around
     their call. Nothing swapped travels back, and after a pass, however it ends, every tensor is at
     home.
+
+    ``on_pass_time`` is called between passes with the ``PassTime`` of the second pass after an
+    ``update``, and of the second with inputs of another shape; it may move packs.
     """
 
     def __init__(
@@ -516,6 +595,10 @@ class BlockSwap:
         self._trace: list[int] = []
         self._cursor = 0
         self._depth = 0
+        self.on_pass_time: Callable[[PassTime], None] | None = None
+        self._shape: object = None  # of the inputs of the passes that are counted
+        self._passes = 0
+        self._timer: _PassTimer | None = None
         self._views: dict[str, BlockList | _SwappedModule] = {}
         # Slots and homes must outlive the copies that are still on their way.
         finalizer = weakref.finalize(self, _drain, self._links)
@@ -530,6 +613,7 @@ class BlockSwap:
         too many, or of another size, are freed.
         """
         self._slots_wanted = slots
+        self._passes, self._timer = 0, None
         first = list(self._embeddings.values())
         execution = first + [i for i in range(len(self._packs)) if i not in first]
         self._order = [i for i in execution if self._packs[i].device != self.compute_device]
@@ -625,7 +709,8 @@ class BlockSwap:
         @functools.wraps(method)
         def entry(*args, **kwargs):
             model = reference()
-            with self.forward_pass(model) if driving else nullcontext():
+            shape = next((a.shape for a in args if isinstance(a, torch.Tensor)), None)
+            with self.forward_pass(model, shape) if driving else nullcontext():
                 if replaced is not None:
                     return replaced(*args, **kwargs)
                 return method(model, *args, **kwargs)
@@ -633,10 +718,13 @@ class BlockSwap:
         return entry
 
     @contextmanager
-    def forward_pass(self, model: torch.nn.Module) -> Iterator[None]:
-        """One forward pass of ``model``. Nested passes belong to the outermost."""
+    def forward_pass(self, model: torch.nn.Module, shape: object = None) -> Iterator[None]:
+        """One forward pass of ``model``. Nested passes belong to the outermost.
+
+        Passes of one ``shape`` take one time.
+        """
         if self._depth == 0:
-            self._open(model)
+            self._open(model, shape)
         self._depth += 1
         devices = vars(_passes).setdefault("devices", [])
         devices.append(self.compute_device)
@@ -650,8 +738,10 @@ class BlockSwap:
             if self._depth == 0:
                 self._close(model, completed)
 
-    def _open(self, model: torch.nn.Module) -> None:
+    def _open(self, model: torch.nn.Module, shape: object) -> None:
+        self._report_time()
         self.allocate_slots()
+        self._count_pass(shape)
         self._trace = []
         self._cursor = 0
         self._views = {
@@ -671,11 +761,38 @@ class BlockSwap:
             for use in list(slot.uses):
                 self.release(use)
         self._cursor = 0
+        if self._running_timer is not None:
+            if completed:
+                self._timer.stop()
+            else:
+                self._timer, self._passes = None, 0
         if completed:
             # A pass that skips blocks keeps the order, one that runs them otherwise teaches it.
             if not _is_subsequence(self._trace, self._order):
                 self._order = self._trace
             self._prefetch()
+
+    @property
+    def _running_timer(self) -> _PassTimer | None:
+        return self._timer if self._timer is not None and self._timer.running else None
+
+    def _count_pass(self, shape: object) -> None:
+        """Time the second pass of a kind: the first one warms up what it runs through."""
+        if shape != self._shape:
+            self._shape, self._passes, self._timer = shape, 0, None
+        self._passes += 1
+        capable = stream_module(self.compute_device) is not None
+        if self._passes == 2 and capable and self.on_pass_time is not None:
+            self._timer = _PassTimer(self.compute_device)
+
+    def _report_time(self) -> None:
+        """Tell what the timed pass took, once that is over on the device too."""
+        if self._timer is None:
+            return
+        result = self._timer.result()
+        if result is not None:
+            self._timer = None
+            self.on_pass_time(result)
 
     def acquire(self, index: int) -> _Use | None:
         """Bring block ``index`` in, its copy ordered before the computation that follows.
@@ -692,7 +809,8 @@ class BlockSwap:
         self._prefetch()
         if use is not None:
             try:
-                use.slot.await_arrival()
+                with self._running_timer.wait() if self._running_timer else nullcontext():
+                    use.slot.await_arrival()
             except BaseException:
                 use.slot.uses.discard(use)
                 raise
@@ -760,7 +878,7 @@ class BlockSwap:
                 target = slot.buffer[: pack.nbytes]
             slot.views[index] = (target, pack.views_of(target))
         slot.block = None  # until the copy is queued, so that an error leaves no false promise
-        self._link(pack).copy(pack, slot.views[index][0], slot)
+        self._link(pack).copy(pack, slot.views[index][0], slot, self._running_timer)
         slot.block = index
         return slot
 

@@ -322,7 +322,7 @@ def copies_of(direction, nbytes=20_000):
     """The copies up to the compute device, or down from it, that are larger than a latent."""
     up = direction == "up"
     large = [copy for copy in ledger.copies if copy.nbytes > nbytes]
-    return sum(c.nbytes for c in large if COMPUTE == (c.destination if up else c.source))
+    return sum(c.nbytes for c in large if (c.destination if up else c.source) == COMPUTE)
 
 
 def test_with_homes_in_ram_unloading_is_free_and_loading_moves_what_is_resident(bench, ram):

@@ -7,7 +7,8 @@ from conftest import COMPUTE, LAYERS
 from rig import simulator
 
 clock = simulator.clock
-PASSES = 4
+ledger = simulator.ledger
+WARM_UP, PASSES = 4, 4
 
 
 @pytest.fixture
@@ -22,8 +23,10 @@ def forward(bench):
         t = torch.full((1,), 500.0).to(COMPUTE)
         start, end = (torch.acc.Event(enable_timing=True) for _ in range(2))
         with torch.inference_mode():
-            model(x, t, context)
-            model(x, t, context)
+            for _ in range(WARM_UP):  # the second pass is timed, and the split then improved
+                model(x, t, context)
+                torch.acc.synchronize()
+            model(x, t, context)  # the slots that the last one has filled would be a gift
             start.record()
             for _ in range(PASSES):
                 model(x, t, context)
@@ -53,5 +56,70 @@ def test_a_step_is_within_5_percent_of_the_bound(bench, forward, blocks, ratio):
     bench.mm.load_models_gpu([patcher])
     split = bench.state(patcher).split
     clock.set_bandwidth(bandwidth, "cpu", COMPUTE)
-    bound = max(resident_step, split.bytes_per_pass / bandwidth)
-    assert forward(patcher) <= 1.05 * bound
+    step = forward(patcher)
+    assert step <= 1.05 * max(resident_step, split.bytes_per_pass / bandwidth)
+    assert bench.state(patcher).split.compute_bytes <= split.compute_bytes
+
+
+@pytest.fixture
+def transfer_bound(bench, forward):
+    """A patcher of which six blocks are swapped, computed in half the time of their copies."""
+    clock.flops = 1e9
+    resident = bench.load(bench.distorch("acc:0,1gb;cpu,*"))
+    bench.mm.load_models_gpu([resident])
+    sizes = bench.state(resident).split.sizes
+    clock.set_bandwidth(1e30)
+    resident_step = forward(resident)
+    bench.clear()
+    block = sizes.blocks[0].nbytes
+    clock.set_bandwidth(block / (resident_step / LAYERS) * 0.5, "cpu", COMPUTE)
+    quota = sizes.total_bytes - LAYERS * block + 5 * block
+    patcher = bench.load(bench.distorch(f"acc:0,{quota}b;cpu,*"))
+    bench.mm.load_models_gpu([patcher])
+    split = bench.state(patcher).split
+    assert (split.slots, len(split.swapped)) == (3, 6)
+    return patcher, resident_step
+
+
+def test_a_timed_pass_is_predicted_and_its_split_improved(bench, forward, transfer_bound):
+    """Where copies take longest, a slot becomes a resident block, between passes."""
+    patcher, resident_step = transfer_bound
+    state = bench.state(patcher)
+    planned, held = state.split, ledger.allocated[COMPUTE]
+    improve, state.swap.on_pass_time = state.swap.on_pass_time, None
+    first = forward(patcher)
+    assert state.split is planned
+    state.swap.on_pass_time = improve
+    state.swap.update(planned.slots)
+    second = forward(patcher)
+    assert (state.split.slots, len(state.split.swapped)) == (2, 5)
+    assert second < 0.9 * first
+    step_time = bench.module("step_time")
+    assert first == pytest.approx(step_time.predict(planned, state.timing), rel=0.05)
+    assert second == pytest.approx(step_time.predict(state.split, state.timing), rel=0.05)
+    assert state.timing.compute == pytest.approx(resident_step, rel=0.05)
+    # The exchange takes no more memory than the split had.
+    assert ledger.allocated[COMPUTE] <= held + 20_000
+    assert patcher.loaded_size() == state.split.compute_bytes
+
+
+def test_an_improvement_without_memory_for_it_leaves_the_split_as_it_was(
+    bench, forward, transfer_bound, monkeypatch
+):
+    patcher, _ = transfer_bound
+    state = bench.state(patcher)
+    planned, place, failed = state.split, state._place, []
+
+    def fails_once():
+        if not failed:
+            failed.append(True)
+            state.swap.drop_slots()
+            raise torch.OutOfMemoryError("simulated")
+        place()
+
+    monkeypatch.setattr(state, "_place", fails_once)
+    before = bench.mm.current_loaded_models[0]
+    forward(patcher)
+    assert failed and state.split is planned
+    assert bench.mm.current_loaded_models[0] is before
+    assert patcher.loaded_size() == planned.compute_bytes

@@ -3,6 +3,7 @@
 import gc
 import weakref
 
+import psutil
 import pytest
 import torch
 
@@ -281,3 +282,47 @@ def test_tied_weights_stay_tied():
     with swap.forward_pass(model):
         block = model.blocks[0]
         assert block.twin.weight is block.up.weight
+
+
+def test_a_pass_allocates_nothing_but_what_the_model_itself_does(monkeypatch):
+    allocated = []
+    resize = simulator.Buffer.resize
+
+    def noted(buffer, nbytes):
+        if nbytes > buffer.nbytes:
+            allocated.append((buffer.accelerator.name, nbytes - buffer.nbytes))
+        resize(buffer, nbytes)
+
+    monkeypatch.setattr(simulator.Buffer, "resize", noted)
+
+    def of_a_pass(homes):
+        model = Model()
+        swap_of(model, homes)
+        x = torch.randn(4, 32).to(COMPUTE)
+        model(x)
+        allocated.clear()
+        model(x)
+        return list(allocated)
+
+    own = of_a_pass(["acc:0"] * 8)
+    assert own
+    assert of_a_pass(["cpu"] * 8) == own
+    assert of_a_pass(["cpu", "acc:0", "acc:1", "cpu"] * 2) == own
+
+
+def test_two_hundred_passes_leave_no_trace_in_ram():
+    model = Model(dim=64)
+    swap_of(model, ["cpu", "acc:0", "acc:1", "cpu"] * 2)
+    x = torch.randn(4, 64).to(COMPUTE)
+    process = psutil.Process()
+
+    def run(passes):
+        for _ in range(passes):
+            model(x)
+        simulator.ledger.clear_copies()
+        gc.collect()
+        return process.memory_info().rss
+
+    run(50)
+    before = run(50)
+    assert run(200) - before < 1 << 20
