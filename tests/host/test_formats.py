@@ -1,7 +1,10 @@
-"""Weight formats on a real ComfyUI: fp8 plain and scaled, GGUF, each with and without a LoRA."""
+"""Weight formats on a real ComfyUI, with and without LoRAs: fp8 by the loader and in checkpoints,
+layers quantised one by one (fp8, nvfp4, mxfp8), GGUF."""
 
+import json
 from pathlib import Path
 
+import gguf
 import pytest
 import safetensors.torch
 import torch
@@ -10,39 +13,64 @@ from conftest import COMPUTE
 from rig import simulator
 
 SPLIT = "acc:0,5mb;acc:1,1mb;cpu,*"
+# Where ComfyUI keeps what is not quantised in float32, the weights beside the blocks take 6.6 MiB.
+FLOAT32_SPLIT = "acc:0,9mb;cpu,*"
+
+LAYERWISE = ("float8_e4m3fn", "nvfp4", "mxfp8")
+GGUF = ("Q8_0", "Q4_0")
+ALIGNMENT = 256
 
 
-@pytest.fixture(scope="module")
-def scaled_fp8(bench):
-    """The tiny Wan with scaled fp8 linear layers, as ``scaled_fp8`` checkpoints have them."""
-    models = bench.host.base_dir / "models" / "diffusion_models"
-    weights = safetensors.torch.load_file(models / "wan.safetensors")
+def _is_linear(name, weight):
+    return name.startswith("blocks.") and name.endswith(".weight") and weight.dim() == 2
+
+
+def _scaled_fp8(weights):
+    """Scaled fp8 linear layers, as ``scaled_fp8`` checkpoints have them."""
     out = {"scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}
     for name, weight in weights.items():
-        linear = name.startswith("blocks.") and name.endswith(".weight") and weight.dim() == 2
-        if linear:
+        if _is_linear(name, weight):
             scale = weight.float().abs().max() / 448
             out[name] = (weight.float() / scale).to(torch.float8_e4m3fn)
             out[name.removesuffix("weight") + "scale_weight"] = scale
         else:
             out[name] = weight
-    safetensors.torch.save_file(out, models / "scaled_fp8.safetensors")
-    return "scaled_fp8.safetensors"
+    return out
 
 
-@pytest.fixture(scope="module", params=["Q8_0", "Q4_0"])
-def gguf_file(request, bench):
-    """The tiny Wan as GGUF, quantised by the gguf package."""
-    if not request.config.getoption("gguf"):
-        pytest.skip("needs a checkout of ComfyUI-GGUF: --gguf DIR")
-    import gguf
+def _layerwise(weights, kind):
+    """Linear layers in one of ComfyUI's own formats, each with its ``comfy_quant`` entry.
 
-    models = bench.host.base_dir / "models" / "diffusion_models"
-    kind = getattr(gguf.GGMLQuantizationType, request.param)
-    writer = gguf.GGUFWriter(models / f"wan_{request.param}.gguf", "wan")
-    for name, weight in safetensors.torch.load_file(models / "wan.safetensors").items():
+    Skips the test where the host does not know the format.
+    """
+    from comfy import quant_ops
+
+    if kind not in quant_ops.QUANT_ALGOS:
+        pytest.skip(f"this ComfyUI does not know {kind}")
+    layout = quant_ops.get_layout_class(quant_ops.QUANT_ALGOS[kind]["comfy_tensor_layout"])
+    scale = {} if kind == "mxfp8" else {"scale": "recalculate"}
+    marker = torch.tensor(list(json.dumps({"format": kind}).encode()), dtype=torch.uint8)
+    out = {}
+    for name, weight in weights.items():
+        if _is_linear(name, weight):
+            for suffix, tensor in layout.state_dict_tensors(
+                *layout.quantize(weight, **scale)
+            ).items():
+                is_scale = tensor.dtype == torch.float8_e8m0fnu  # its files have plain bytes
+                out[name + suffix] = tensor.view(torch.uint8) if is_scale else tensor
+            out[name.removesuffix("weight") + "comfy_quant"] = marker.clone()
+        else:
+            out[name] = weight
+    return out
+
+
+def _write_gguf(weights, path, kind):
+    """Linear layers quantised by the gguf package, the rest in float32."""
+    kind = getattr(gguf.GGMLQuantizationType, kind)
+    writer = gguf.GGUFWriter(path, "wan")
+    for name, weight in weights.items():
         data = weight.float().numpy()
-        if name.startswith("blocks.") and name.endswith(".weight") and weight.dim() == 2:
+        if _is_linear(name, weight):
             writer.add_tensor(name, gguf.quants.quantize(data, kind), raw_dtype=kind)
         else:
             writer.add_tensor(name, data)
@@ -50,15 +78,30 @@ def gguf_file(request, bench):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return f"wan_{request.param}.gguf"
 
 
-def gguf_nodes(bench, file, split=None):
-    if split is None:
-        return {"class_type": "UnetLoaderGGUF", "inputs": {"unet_name": file}}
-    node = bench.distorch(split, unet_name=file)
-    node["inputs"].pop("weight_dtype")
-    return {"class_type": "UnetLoaderGGUFDisTorch2MultiGPU", "inputs": node["inputs"]}
+def loader(bench, kind, split=None):
+    """The loader node for the tiny Wan in the format ``kind``, with DisTorch2 if it has a split.
+
+    The file is written at its first use.
+    """
+    folder = bench.host.base_dir / "models" / "diffusion_models"
+    file = folder / {"bf16": "wan.safetensors"}.get(kind, f"{kind}.safetensors")
+    if kind in GGUF:
+        file = file.with_suffix(".gguf")
+    if not file.exists():
+        weights = safetensors.torch.load_file(folder / "wan.safetensors")
+        if kind in GGUF:
+            _write_gguf(weights, file, kind)
+        else:
+            weights = _scaled_fp8(weights) if kind == "scaled_fp8" else _layerwise(weights, kind)
+            safetensors.torch.save_file(weights, file)
+    node = bench.plain(file.name) if split is None else bench.distorch(split, unet_name=file.name)
+    if kind in GGUF:
+        del node["inputs"]["weight_dtype"]
+        suffix = "" if split is None else "DisTorch2MultiGPU"
+        node = {**node, "class_type": f"UnetLoaderGGUF{suffix}"}
+    return node
 
 
 def check(bench, plain, swapped, strengths=(0.8, 0.3)):
@@ -68,55 +111,139 @@ def check(bench, plain, swapped, strengths=(0.8, 0.3)):
     graphs += graphs[:1]
     expected = [bench.sample(graph(plain)) for graph in graphs]
     bench.clear()
-    latents = [bench.sample(graph(swapped)) for graph in graphs]
+    latents = []
+    for graph in graphs:
+        latents.append(bench.sample(graph(swapped)))
+        state = bench.state()
+        assert state.compute_bytes() <= state.split.compute_bytes  # a LoRA takes no room of its own
     equal = [torch.equal(one, other) for one, other in zip(latents, expected, strict=True)]
     assert equal == [True] * len(graphs)  # plain, with each strength, and plain again
     assert not torch.equal(expected[0], expected[1])
-    return bench.state()
+    assert len(state.split.swapped) > state.split.slots
+    return state
+
+
+def check_travel(bench, swapped):
+    """In each of four passes every swapped block moves once, as it is stored; nothing goes down."""
+    split = bench.state().split
+    assert {block.nbytes for block in bench.state().sizes.blocks} == {split.slot_bytes}
+    simulator.ledger.clear_copies()
+    bench.sample(swapped, seed=2)
+    moved = [copy for copy in simulator.ledger.copies if copy.nbytes == split.slot_bytes]
+    assert len(moved) == 4 * len(split.swapped)
+    assert all(c.destination != "cpu" for c in simulator.ledger.copies if c.nbytes > 20_000)
 
 
 @pytest.mark.parametrize("weight_dtype", ["fp8_e4m3fn", "fp8_e5m2"])
 def test_fp8_by_the_loaders_weight_dtype(bench, weight_dtype):
     plain = bench.plain()
     plain["inputs"]["weight_dtype"] = weight_dtype
-    state = check(bench, plain, bench.distorch(SPLIT, weight_dtype=weight_dtype))
-    assert len(state.split.swapped) > state.split.slots
+    check(bench, plain, bench.distorch(SPLIT, weight_dtype=weight_dtype))
     dtypes = {p.dtype for p in bench.loaded().model.diffusion_model.blocks[0].parameters()}
     assert getattr(torch, "float8_" + weight_dtype[4:]) in dtypes
 
 
-def test_scaled_fp8(bench, scaled_fp8):
-    state = check(bench, bench.plain(scaled_fp8), bench.distorch(SPLIT, unet_name=scaled_fp8))
-    assert len(state.split.swapped) > state.split.slots
-    kinds = {
-        type(module.weight).__name__
-        for module in bench.loaded().model.diffusion_model.blocks[0].modules()
-        if getattr(module, "weight", None) is not None
-    }
-    if "QuantizedTensor" not in kinds:  # ComfyUI that keeps the scale beside a plain fp8 weight
+def test_scaled_fp8(bench):
+    state = check(bench, loader(bench, "scaled_fp8"), loader(bench, "scaled_fp8", SPLIT))
+    if "QuantizedTensor" not in _weight_types(bench):  # ComfyUI that keeps the scale beside it
         assert any("scale" in name for name in bench.loaded().model.state_dict())
     # What travels is fp8: half of what bf16 would be.
     assert max(block.nbytes for block in state.sizes.blocks) < 0.6 * 1_584_640
 
 
-def test_gguf(bench, gguf_file):
-    state = check(bench, gguf_nodes(bench, gguf_file), gguf_nodes(bench, gguf_file, SPLIT))
-    bench.clear()
-    loader = gguf_nodes(bench, gguf_file, "acc:0,4mb;cpu,*")
-    bench.sample(loader)
-    state = bench.state()
-    simulator.ledger.clear_copies()
-    bench.sample(loader, 2)
-    block = state.split.slot_bytes
-    assert block < (0.6 if "Q8" in gguf_file else 0.35) * 1_584_640
-    moved = [c.nbytes for c in simulator.ledger.copies if c.nbytes == block]
-    assert len(moved) == 4 * len(state.split.swapped)
-    assert all(c.destination != "cpu" for c in simulator.ledger.copies if c.nbytes > 20_000)
+@pytest.mark.parametrize(
+    ("kind", "native"),
+    [(kind, False) for kind in LAYERWISE] + [("float8_e4m3fn", True)],
+)
+def test_layers_quantised_one_by_one(bench, kind, native, monkeypatch):
+    """Weights dequantised at use, and as operands of a product of their own format.
+
+    A CPU has no such product for the others.
+    """
+    if native:
+        monkeypatch.setattr(bench.mm, "supports_fp8_compute", lambda *_: True)
+    swapped = loader(bench, kind, FLOAT32_SPLIT)
+    state = check(bench, loader(bench, kind), swapped, strengths=[0.8])
+    assert "QuantizedTensor" in _weight_types(bench)
+    layer = bench.loaded().model.diffusion_model.blocks[0].self_attn.q
+    assert layer._full_precision_mm is not native
+    # What travels is what the file holds; ComfyUI keeps biases in the dtype it computes in.
+    stored = _stored_block_bytes(bench, swapped)
+    assert all(stored <= block.nbytes < stored + 8192 for block in state.sizes.blocks)
+    check_travel(bench, swapped)
 
 
-def test_loading_a_gguf_leaves_no_mapping_of_the_file(bench, gguf_file):
-    patcher = bench.load(gguf_nodes(bench, gguf_file, "acc:0,4mb;cpu,*"))
+def _weight_types(bench):
+    return {
+        type(module.weight).__name__
+        for module in bench.loaded().model.diffusion_model.blocks[0].modules()
+        if getattr(module, "weight", None) is not None
+    }
+
+
+def _stored_block_bytes(bench, node):
+    """Bytes of one block's tensors in the file of a loader node, each aligned."""
+    folder = bench.host.base_dir / "models" / "diffusion_models"
+    weights = safetensors.torch.load_file(folder / node["inputs"]["unet_name"])
+    return sum(
+        -(-weight.nbytes // ALIGNMENT) * ALIGNMENT
+        for name, weight in weights.items()
+        if name.startswith("blocks.0.") and not name.endswith("comfy_quant")
+    )
+
+
+@pytest.mark.parametrize("kind", GGUF)
+def test_gguf(bench, kind):
+    swapped = loader(bench, kind, FLOAT32_SPLIT)
+    state = check(bench, loader(bench, kind), swapped, strengths=[0.8])
+    assert state.split.slot_bytes < (0.6 if kind == "Q8_0" else 0.35) * 1_584_640
+    check_travel(bench, swapped)
+
+
+@pytest.mark.parametrize("kind", GGUF)
+def test_loading_a_gguf_leaves_no_mapping_of_the_file(bench, kind):
+    node = loader(bench, kind, FLOAT32_SPLIT)
+    patcher = bench.load(node)
+    assert node["inputs"]["unet_name"] in Path("/proc/self/maps").read_text(encoding="utf-8")
     with torch.inference_mode():
         bench.mm.load_models_gpu([patcher])
-    assert gguf_file not in Path("/proc/self/maps").read_text(encoding="utf-8")
+    assert node["inputs"]["unet_name"] not in Path("/proc/self/maps").read_text(encoding="utf-8")
     assert str(patcher.current_loaded_device()) == COMPUTE
+
+
+@pytest.mark.parametrize("kind", ["bf16", "scaled_fp8", "nvfp4", "Q8_0"])
+def test_weights_in_a_slot_are_contiguous_and_aligned(bench, kind):
+    """Kernels that load whole vectors fault on addresses that are not."""
+    node = loader(bench, kind, "acc:0,4mb;cpu,*")
+    bench.sample(node)
+    swap, seen = bench.state().swap, set()
+
+    def look(index, part):
+        (slot,) = [slot for slot in swap._slots if slot.block == index and slot.uses]
+        start, end = slot.buffer.data_ptr(), slot.buffer.data_ptr() + slot.buffer.nbytes
+        for name, weight in [*part.named_parameters(), *part.named_buffers()]:
+            for tensor in _memory_of(weight):
+                assert tensor.is_contiguous(), name
+                assert start <= tensor.data_ptr() <= end - tensor.nbytes, name
+                assert (tensor.data_ptr() - start) % ALIGNMENT == 0, name
+                seen.add((index, name))
+
+    model = bench.loaded().model.diffusion_model
+    parts = [*model.blocks, *bench.module("distorch2_patch").embeddings(model).values()]
+    swapped = bench.state().split.swapped
+    hooks = [
+        parts[index].register_forward_pre_hook(lambda part, _, index=index: look(index, part))
+        for index in swapped
+    ]
+    bench.sample(node, seed=2)
+    for hook in hooks:
+        hook.remove()
+    assert seen == {(i, name) for i in swapped for name, _ in parts[i].named_parameters()}
+    assert seen
+
+
+def _memory_of(weight):
+    """The tensors with memory of their own that a weight consists of."""
+    if hasattr(type(weight), "__tensor_flatten__"):
+        return [getattr(weight, name) for name in weight.__tensor_flatten__()[0]]
+    return [weight.as_subclass(torch.Tensor) if hasattr(weight, "tensor_type") else weight]

@@ -1,5 +1,7 @@
-"""What patches do to a swapped model: hooks, merges, LoRAs that reshape, object patches."""
+"""What patches do to a swapped model: hooks, merges, LoRAs, object patches, weight wrappers."""
 
+import gc
+import itertools
 import sys
 
 import pytest
@@ -132,6 +134,57 @@ def test_object_patches_on_the_model_come_and_go(bench, name):
     for method in ("forward", "_forward", "forward_orig"):
         left = vars(patcher.model.diffusion_model).get(method)
         assert left is None or left.__func__ is getattr(type(patcher.model.diffusion_model), method)
+
+
+class Shift:
+    """A weight wrapper: adds ``value`` to a weight, where the weight is computed with."""
+
+    def __init__(self, value):
+        self.value = torch.tensor(value)
+
+    def __call__(self, weight):
+        assert weight.device == self.value.device == torch.device(COMPUTE)
+        return weight + self.value.to(weight.dtype)
+
+    def move_to(self, device):
+        self.value = self.value.to(device)
+        return self.value.nbytes
+
+
+def test_weight_wrappers_come_and_go_with_their_clone(bench):
+    """On weights and a bias of swapped blocks and beside them, alone and on top of a LoRA."""
+    names = [f"blocks.{i}.self_attn.q.weight" for i in range(8)]
+    names += ["blocks.2.ffn.0.bias", "blocks.5.norm3.weight", "head.head.weight"]
+    names += ["text_embedding.0.weight", "patch_embedding.bias"]
+
+    def wrapped(patcher):
+        clone = patcher.clone()
+        for number, name in enumerate(names):
+            clone.add_weight_wrapper(f"diffusion_model.{name}", Shift(0.001 * (number + 1)))
+        return clone
+
+    def results(loader):
+        patcher = bench.load(loader)
+        node = bench.host.nodes["LoraLoaderModelOnly"]()
+        with_lora = node.load_lora_model_only(patcher, "lora.safetensors", 1.0)[0]
+        outputs = {"plain": _run(bench, patcher), "wrapped": _run(bench, wrapped(patcher))}
+        gc.collect()  # that clone is dropped while it is loaded
+        outputs["plain again"] = _run(bench, patcher)
+        outputs["both"] = _run(bench, wrapped(with_lora))
+        outputs["lora"] = _run(bench, with_lora)
+        outputs["wrapped again"] = _run(bench, wrapped(patcher))
+        patcher.detach()
+        outputs["after unloading"] = _run(bench, patcher)
+        return outputs
+
+    host = results(bench.plain())
+    bench.clear()
+    swapped = results(bench.distorch(SPLIT))
+    assert [name for name in host if not torch.equal(swapped[name], host[name])] == []
+    for same in ("plain again", "after unloading"):
+        assert torch.equal(host[same], host["plain"])
+    different = [host[name] for name in ("plain", "wrapped", "lora", "both")]
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(different, 2))
 
 
 def _run(bench, patcher):

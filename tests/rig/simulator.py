@@ -618,7 +618,8 @@ class AccTensor(torch.Tensor):
 
     def as_subclass(self, cls):
         """A view that is of class `cls` too: what methods of a subclass of Tensor return."""
-        view = self.detach()
+        with torch._C.DisableTorchFunctionSubclass():  # a subclass may have a detach of its own
+            view = torch.Tensor.detach(self)
         view.__class__ = _blend(type(view), cls)
         return view
 

@@ -277,6 +277,9 @@ def test_a_plain_subclass_stays_one(mode):
         parameter = nn.Parameter(moved, requires_grad=False)
         assert isinstance(parameter, Tagged)
         assert isinstance(parameter, nn.Parameter)
+        moved.detach = lambda: moved  # as ComfyUI-GGUF's
+        assert not isinstance(moved.as_subclass(torch.Tensor), Tagged)
+        assert isinstance(moved, Tagged)
 
 
 def test_gradients_flow():

@@ -5,6 +5,9 @@ flags on the inner model, the functions it replaces in ComfyUI and when) with co
 that the tests need no checkout. Where it differs from MultiGPU, it is wrong.
 """
 
+from pathlib import Path
+
+import folder_paths
 from nodes import NODE_CLASS_MAPPINGS as HOST_NODES
 
 from .current_device import (
@@ -18,7 +21,11 @@ from .current_device import (
 )
 from .device_utils import get_device_list, soft_empty_cache_multigpu
 from .distorch_2 import register_patched_safetensor_modelpatcher
-from .loaders import CheckpointLoaderAdvancedDisTorch2MultiGPU, distorch2_loader
+from .loaders import (
+    CheckpointLoaderAdvancedDisTorch2MultiGPU,
+    UnetLoaderGGUF,
+    distorch2_loader,
+)
 
 __all__ = [
     "NODE_CLASS_MAPPINGS",
@@ -44,3 +51,7 @@ for _name in ("CLIPLoader", "DualCLIPLoader", "CLIPVisionLoader"):
     NODE_CLASS_MAPPINGS[f"{_name}DisTorch2MultiGPU"] = distorch2_loader(
         HOST_NODES[_name], text_encoder=True, resets_device=_name != "CLIPVisionLoader"
     )
+
+# Like MultiGPU, by the folder that is there, whether or not ComfyUI has come to it yet.
+if any((Path(f) / "ComfyUI-GGUF").is_dir() for f in folder_paths.get_folder_paths("custom_nodes")):
+    NODE_CLASS_MAPPINGS["UnetLoaderGGUFDisTorch2MultiGPU"] = distorch2_loader(UnetLoaderGGUF)

@@ -164,6 +164,23 @@ def _attach(output, allocation: str) -> None:
         store_allocation(patcher, allocation)
 
 
+class UnetLoaderGGUF:
+    """Stands for ComfyUI-GGUF's loader, which may be loaded after this package."""
+
+    CATEGORY = "bootleg"
+    FUNCTION = "load_unet"
+    RETURN_TYPES = ("MODEL",)
+    TITLE = "Unet Loader (GGUF)"
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {"required": {"unet_name": (folder_paths.get_filename_list("unet_gguf"),)}}
+
+    def load_unet(self, unet_name, dequant_dtype=None, patch_dtype=None, patch_on_device=None):
+        loader = nodes.NODE_CLASS_MAPPINGS["UnetLoaderGGUF"]()
+        return loader.load_unet(unet_name, dequant_dtype, patch_dtype, patch_on_device)
+
+
 class CheckpointLoaderAdvancedDisTorch2MultiGPU:
     """A checkpoint whose parts go to devices of their own, model and CLIP with allocations."""
 
