@@ -21,9 +21,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 import torch
+from ways import split_with
 
 import conftest  # noqa: F401  makes block_swap importable
-from block_swap.allocation_parser import Block, ModelSizes, Split, parse_allocation, plan_split
+from block_swap.allocation_parser import Block, ModelSizes, Split
 from block_swap.swap_executor import BlockSwap, Pack
 from rig import simulator
 
@@ -63,18 +64,6 @@ class SyntheticModel(torch.nn.Module):
         return x
 
 
-def split_with(layers: int, swapped: int) -> Split:
-    """The split in which ``swapped`` blocks are swapped, or the least number above that exists."""
-    sizes = ModelSizes(tuple(Block(f"blocks.{i}", BLOCK_BYTES) for i in range(layers)), 0)
-    for room in range(layers, 1, -1):
-        text = f"{COMPUTE},{room * BLOCK_BYTES}b;cpu,*"
-        allocation = parse_allocation(text, ("cpu", *simulator.devices()), COMPUTE)
-        split = plan_split(allocation, sizes, {})
-        if len(split.swapped) >= swapped:
-            return split
-    raise ValueError(f"{swapped} of {layers} blocks are never swapped")
-
-
 def step_over_bound(split: Split, ratio: float) -> float:
     """The time of a step over its bound, for one point of the grid."""
     layers = len(split.homes)
@@ -104,6 +93,7 @@ def step_over_bound(split: Split, ratio: float) -> float:
 def grid(layers: int) -> tuple[list[str], float]:
     """The Markdown table for one model size, and its worst ratio."""
     worst = 0.0
+    sizes = ModelSizes(tuple(Block(f"blocks.{i}", BLOCK_BYTES) for i in range(layers)), 0)
     lines = [
         f"{layers} blocks",
         "",
@@ -111,7 +101,7 @@ def grid(layers: int) -> tuple[list[str], float]:
         "|" + "---:|" * (3 + len(RATIOS)),
     ]
     for share in SHARES:
-        split = split_with(layers, max(1, round(layers * share / 100)))
+        split = split_with(sizes, max(1, round(layers * share / 100)), COMPUTE)
         points = [step_over_bound(split, ratio) for ratio in RATIOS]
         worst = max(worst, *points)
         row = [
@@ -124,10 +114,8 @@ def grid(layers: int) -> tuple[list[str], float]:
     return [*lines, "", f"worst: {worst:.3f}", ""], worst
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--limit", type=float, default=1.05, help="largest step / bound allowed")
-    limit = parser.parse_args().limit
+def print_grids() -> float:
+    """Print the grids of all model sizes; returns the worst ratio of all."""
     simulator.install()
     simulator.clock.flops = float("inf")
     simulator.clock.inline_bytes = 0  # the blocks are small for speed, not by nature
@@ -138,6 +126,14 @@ def main() -> int:
             lines, here = grid(layers)
             worst = max(worst, here)
             print("\n".join(lines))
+    return worst
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--limit", type=float, default=1.05, help="largest step / bound allowed")
+    limit = parser.parse_args().limit
+    worst = print_grids()
     print(f"worst of all: {worst:.3f} (limit {limit})")
     return 0 if worst <= limit else 1
 

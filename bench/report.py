@@ -1,0 +1,197 @@
+"""The results as JSON, as a Markdown table, and as a plot."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from html import escape
+from pathlib import Path
+
+from suite import Results, Row, Settings
+
+GIB = 1 << 30
+MIB = 1 << 20
+COLOURS = ("#000000", "#d62728", "#1f77b4", "#2ca02c", "#9467bd", "#ff7f0e", "#8c564b", "#17becf")
+
+
+def write(folder: Path, name: str, machine: dict, settings: Settings, results: Results) -> str:
+    """Write ``name``.json, .md and .svg into ``folder``; returns the Markdown."""
+    folder.mkdir(parents=True, exist_ok=True)
+    simulated = bool(machine["simulated"])
+    text = markdown(machine, settings, results)
+    rows = [as_dict(row, results, simulated) for row in results.complete()]
+    whole = {
+        "machine": machine,
+        "blocks": settings.layers,
+        "rounds": settings.rounds,
+        "rows": rows,
+        "not_at_hand": results.not_at_hand,
+        "remarks": results.remarks,
+        "skipped": results.skipped,
+        "failed": results.failed,
+    }
+    (folder / f"{name}.json").write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+    (folder / f"{name}.md").write_text(text + "\n", encoding="utf-8")
+    (folder / f"{name}.svg").write_text(plot(results), encoding="utf-8")
+    return text
+
+
+def as_dict(row: Row, results: Results, simulated: bool) -> dict[str, object]:
+    """One row of the JSON: seconds, bytes, bytes per second."""
+    low, middle, high = quartiles(row.seconds)
+    out = {
+        "format": row.form,
+        "length": row.length.name,
+        "tokens": row.length.tokens,
+        "way": row.way,
+        "blocks_swapped": row.point.swapped,
+        "share_swapped": row.point.swapped / row.point.layers,
+        "bytes_to_move": row.point.split.bytes_per_pass,
+        "step": {"median": middle, "q1": low, "q3": high, "passes": len(row.seconds)},
+        "resident_step": results.resident_step(row),
+        "bandwidth": results.bandwidth(row),
+        "flops_per_second": results.flops[row.form, row.length.name] / results.resident_step(row),
+        "bound": results.bound(row),
+        "ratio": results.ratio(row),
+        "equal": row.equal,
+        "peak_device_bytes": row.peak_device,
+        "peak_device_bytes_loading": row.peak_load,
+    }
+    if not simulated:
+        out["peak_rss_bytes"] = row.peak_rss
+        out["load_seconds"] = statistics.median(row.load_seconds)
+    return out
+
+
+def quartiles(values: list[float]) -> tuple[float, float, float]:
+    """Lower quartile, median and upper quartile."""
+    if len(values) < 2:
+        return values[0], values[0], values[0]
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, middle, high
+
+
+def markdown(machine: dict, settings: Settings, results: Results) -> str:
+    """All tables: one per format and length, the ways at every share below each other."""
+    simulated = bool(machine["simulated"])
+    facts = [f"{key} {value}" for key, value in machine.items() if key != "simulated"]
+    lines = [f"# {machine['device']}", "", ", ".join(facts), ""]
+    for (form, length), rows in _panels(results).items():
+        flops = results.flops[form, length.name] / results.resident_step(rows[0])
+        lines += [
+            f"## {form}, {length.name}: {length.tokens} tokens, {settings.layers} blocks",
+            "",
+            f"Weights {_size(results.weights[form])}, link "
+            f"{results.bandwidth(rows[0]) / 1e9:.3g} GB/s, everything resident "
+            f"{flops / 1e12:.3g} TFLOP/s.",
+            "",
+        ]
+        heads = ["swapped", "way", "step [ms]", "spread", "ratio to bound", "equal", "device peak"]
+        heads += [] if simulated else ["RAM peak", "load [s]"]
+        lines += [f"| {' | '.join(heads)} |", "|---:|---|" + "---:|" * (len(heads) - 2)]
+        for row in rows:
+            low, middle, high = quartiles(row.seconds)
+            cells = [
+                f"{row.point.swapped} of {row.point.layers}",
+                row.way,
+                f"{middle * 1e3:.4g}",
+                f"{(high - low) / middle:.1%}",
+                f"{results.ratio(row):.3f}",
+                "yes" if row.equal else "**NO**",
+                _size(row.peak_device),
+            ]
+            if not simulated:
+                cells += [_size(row.peak_rss), f"{statistics.median(row.load_seconds):.1f}"]
+            lines.append(f"| {' | '.join(cells)} |")
+        lines.append("")
+    for title, entries in (
+        ("Not at hand", [f"{name}: {why}" for name, why in results.not_at_hand.items()]),
+        ("Remarks", results.remarks),
+        ("Failed", results.failed),
+        ("Not measured, the time was used up", results.skipped),
+    ):
+        if entries:
+            lines += [f"## {title}", "", *(f"- {entry}" for entry in entries), ""]
+    return "\n".join(lines).rstrip()
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / GIB:.2f} GiB" if nbytes >= GIB else f"{nbytes / MIB:.1f} MiB"
+
+
+def _panels(results: Results) -> dict[tuple, list[Row]]:
+    panels: dict[tuple, list[Row]] = {}
+    for row in results.complete():
+        panels.setdefault((row.form, row.length), []).append(row)
+    return panels
+
+
+# ------------------------------------------------------------------------------------ the plot
+
+WIDTH, HEIGHT, MARGIN, PER_LINE = 360, 220, 50, 3
+
+
+def plot(results: Results) -> str:
+    """An SVG of one panel per format and length: step over the share swapped, a line per way."""
+    panels = list(_panels(results).items())
+    ways = list(dict.fromkeys(row.way for row in results.complete()))
+    across = max(1, min(PER_LINE, len(panels)))
+    down = -(-len(panels) // PER_LINE)
+    legend = 18 * (len(ways) + 1) + 12
+    width, height = across * (WIDTH + MARGIN) + 20, down * (HEIGHT + 70) + legend
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
+        f'font-family="sans-serif" font-size="11">',
+        f'<rect width="{width}" height="{height}" fill="white"/>',
+    ]
+    for number, ((form, length), rows) in enumerate(panels):
+        left = MARGIN + number % PER_LINE * (WIDTH + MARGIN)
+        top = 30 + number // PER_LINE * (HEIGHT + 70)
+        parts += _panel(f"{form}, {length.name}", left, top, rows, ways, results)
+    for number, name in enumerate([*ways, "bound"]):
+        y = height - legend + 18 * number + 12
+        parts.append(_line([(MARGIN, y), (MARGIN + 30, y)], *_style(name, ways)))
+        parts.append(f'<text x="{MARGIN + 38}" y="{y + 4}">{escape(name)}</text>')
+    return "\n".join([*parts, "</svg>\n"])
+
+
+def _panel(title: str, left: int, top: int, rows: list[Row], ways: list[str], results: Results):
+    """Axes, ticks and lines of one panel whose plotting area starts at ``left``, ``top``."""
+    lines = {way: [] for way in [*ways, "bound"]}
+    for row in rows:
+        share = row.point.swapped / row.point.layers
+        lines[row.way].append((share, statistics.median(row.seconds) * 1e3))
+        lines["bound"].append((share, results.bound(row) * 1e3))
+    highest = max(y for points in lines.values() for _, y in points) * 1.05
+
+    def place(point):
+        return left + point[0] * WIDTH, top + HEIGHT - point[1] / highest * HEIGHT
+
+    yield f'<text x="{left}" y="{top - 10}" font-weight="bold">{escape(title)}</text>'
+    for tick in range(5):
+        (x, _), (_, y) = place((tick / 4, 0)), place((0, highest * tick / 4))
+        yield _line([(left, y), (left + WIDTH, y)], "#ddd", "")
+        label = f"{highest * tick / 4:.3g}"
+        yield f'<text x="{left - 4}" y="{y + 4:.1f}" text-anchor="end">{label}</text>'
+        yield f'<text x="{x}" y="{top + HEIGHT + 14}" text-anchor="middle">{tick * 25}%</text>'
+    axis = "share of the blocks swapped; step [ms]"
+    yield f'<text x="{left + WIDTH / 2}" y="{top + HEIGHT + 28}" text-anchor="middle">{axis}</text>'
+    for way, points in lines.items():
+        colour, dashes = _style(way, ways)
+        places = [place(point) for point in sorted(set(points))]
+        yield _line(places, colour, dashes)
+        for x, y in places if way != "bound" else ():
+            yield f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" fill="{colour}"/>'
+
+
+def _style(way: str, ways: list[str]) -> tuple[str, str]:
+    """Colour and dashes of a line."""
+    if way == "bound":
+        return "#bbbbbb", "5 4"
+    return COLOURS[ways.index(way) % len(COLOURS)], ""
+
+
+def _line(points, colour: str, dashes: str) -> str:
+    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
+    dashed = f' stroke-dasharray="{dashes}"' if dashes else ""
+    return f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.5"{dashed}/>'

