@@ -1,10 +1,12 @@
 # Everything lands in .cache, which git ignores.
 #   MULTIGPU_DIR=<checkout>  adds real ComfyUI-MultiGPU to the double that stands in for it
-#   GGUF_DIR=<checkout>      adds real ComfyUI-GGUF
+#   GGUF_DIR=<checkout>      takes real ComfyUI-GGUF instead of its double
 #   TORCH=<requirement>      another build of torch, with any options of pip
+#   JOBS=<number>            how many test runs go side by side
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+JOBS ?= 2
 COMFYUI ?= 0.30.0 0.16.3
 SMOKE ?= 0.27.0 0.24.0 0.20.1 0.18.2
 CONTRACTS ?= 2.5.0 2.5.5
@@ -14,45 +16,62 @@ GGUF_DIR ?=
 PY := .cache/venv/bin/python
 PYTEST := $(PY) -m pytest -q -p no:cacheprovider
 READY := .cache/venv/ready
+EACH_MULTIGPU := set -e; for multigpu in double:2.6.3 $(if $(MULTIGPU_DIR),"$(MULTIGPU_DIR)"); do
 GGUF := $(if $(GGUF_DIR),--gguf "$(GGUF_DIR)")
 
 export PYTHONDONTWRITEBYTECODE = 1
 export HYPOTHESIS_STORAGE_DIRECTORY = .cache/hypothesis
 export RUFF_CACHE_DIR = .cache/ruff
 
-.PHONY: test demo bench lint clean
-
 # One process boots one ComfyUI, so every combination is a run of its own, as are the tests that
-# want simulated devices of another size. The two versions also load the two custom nodes in either
-# order. The server's tests run beside the others and are shown when both are done.
+# want simulated devices of another size. The longest come first.
+RUNS := $(COMFYUI:%=host-%) $(COMFYUI:%=server-%) large $(SMOKE:%=smoke-%) \
+	$(CONTRACTS:%=contract-%) simulated peers grid host-time unit simulator
+
+.PHONY: test demo bench lint clean $(RUNS)
+
 test: $(READY)
-	$(PYTEST) tests/unit
-	$(PYTEST) tests/simulator
-	$(PYTEST) tests/simulated
-	set -e; order=; for version in $(COMFYUI); do \
-		for multigpu in double:2.6.3 $(if $(MULTIGPU_DIR),"$(MULTIGPU_DIR)"); do \
-			$(PYTEST) tests/server --comfyui $$version --multigpu "$$multigpu" \
-				> .cache/server.log 2>&1 & server=$$!; \
-			$(PYTEST) tests/host --comfyui $$version --multigpu "$$multigpu" $(GGUF) $$order \
-				|| { kill $$server; exit 1; }; \
-			wait $$server || { cat .cache/server.log; exit 1; }; \
-			cat .cache/server.log; \
-		done; \
-		order=--plugin-first; \
+	$(MAKE) --no-print-directory --jobs=$(JOBS) --output-sync=target $(RUNS)
+
+unit simulator simulated large: $(READY)
+	$(PYTEST) tests/$@
+
+# The versions also load the two custom nodes in either order.
+host-%: $(READY)
+	$(EACH_MULTIGPU) \
+		$(PYTEST) tests/host --comfyui $* --multigpu "$$multigpu" $(GGUF) \
+			$(if $(filter $*,$(lastword $(COMFYUI))),--plugin-first); \
 	done
-	set -e; for version in $(SMOKE); do \
-		$(PYTEST) tests/host/test_split_and_run.py -k bit_equal --comfyui $$version; \
+
+server-%: $(READY)
+	$(EACH_MULTIGPU) \
+		$(PYTEST) tests/server --comfyui $* --multigpu "$$multigpu"; \
 	done
-	set -e; for version in $(CONTRACTS); do \
-		$(PYTEST) tests/host/test_split_and_run.py --multigpu double:$$version --comfyui 0.18.2; \
+
+smoke-%: $(READY)
+	$(EACH_MULTIGPU) \
+		$(PYTEST) tests/host/test_split_and_run.py -k bit_equal --comfyui $* \
+			--multigpu "$$multigpu"; \
 	done
+
+# What older versions of MultiGPU leave for the plugin.
+contract-%: $(READY)
+	$(PYTEST) tests/host/test_split_and_run.py -k bit_equal --comfyui 0.18.2 --multigpu double:$*
+
+peers: $(READY)
+	$(PY) bench/run.py --simulated --no-grid --limit 1.05 --out .cache/bench
+
+grid: $(READY)
 	$(PY) bench/simulated_grid.py --limit 1.05
+
+host-time: $(READY)
+	$(PY) bench/host_time.py --limit-us 50
 
 demo: $(READY)
 	$(PY) tools/demo.py $(if $(MULTIGPU_DIR),--multigpu "$(MULTIGPU_DIR)")
 
 bench: $(READY)
-	$(PY) bench/simulated_grid.py
+	$(PY) bench/run.py
 
 lint: $(READY)
 	$(PY) -m ruff check .

@@ -8,6 +8,9 @@ from html import escape
 from pathlib import Path
 
 from suite import Results, Row, Settings
+from ways import BlockSwapWay, split_with
+
+from block_swap.step_time import predict
 
 GIB = 1 << 30
 MIB = 1 << 20
@@ -57,6 +60,8 @@ def as_dict(row: Row, results: Results, simulated: bool) -> dict[str, object]:
         "peak_device_bytes": row.peak_device,
         "peak_device_bytes_loading": row.peak_load,
     }
+    if row.way == BlockSwapWay.name:
+        out["predicted"] = predict(row.point.split, results.timing(row))
     if not simulated:
         out["peak_rss_bytes"] = row.peak_rss
         out["load_seconds"] = statistics.median(row.load_seconds)
@@ -86,7 +91,8 @@ def markdown(machine: dict, settings: Settings, results: Results) -> str:
             f"{flops / 1e12:.3g} TFLOP/s.",
             "",
         ]
-        heads = ["swapped", "way", "step [ms]", "spread", "ratio to bound", "equal", "device peak"]
+        heads = ["swapped", "way", "step [ms]", "spread", "ratio to bound", "predicted [ms]"]
+        heads += ["equal", "device peak"]
         heads += [] if simulated else ["RAM peak", "load [s]"]
         lines += [f"| {' | '.join(heads)} |", "|---:|---|" + "---:|" * (len(heads) - 2)]
         for row in rows:
@@ -97,13 +103,14 @@ def markdown(machine: dict, settings: Settings, results: Results) -> str:
                 f"{middle * 1e3:.4g}",
                 f"{(high - low) / middle:.1%}",
                 f"{results.ratio(row):.3f}",
+                _predicted(results, row),
                 "yes" if row.equal else "**NO**",
                 _size(row.peak_device),
             ]
             if not simulated:
                 cells += [_size(row.peak_rss), f"{statistics.median(row.load_seconds):.1f}"]
             lines.append(f"| {' | '.join(cells)} |")
-        lines.append("")
+        lines += ["", *_quotas(results, rows[0]), ""]
     for title, entries in (
         ("Not at hand", [f"{name}: {why}" for name, why in results.not_at_hand.items()]),
         ("Remarks", results.remarks),
@@ -113,6 +120,30 @@ def markdown(machine: dict, settings: Settings, results: Results) -> str:
         if entries:
             lines += [f"## {title}", "", *(f"- {entry}" for entry in entries), ""]
     return "\n".join(lines).rstrip()
+
+
+def _predicted(results: Results, row: Row) -> str:
+    """What ``step_time`` says of this plugin's split, from the resident step and the link."""
+    if row.way != BlockSwapWay.name:
+        return ""
+    return f"{predict(row.point.split, results.timing(row)) * 1e3:.4g}"
+
+
+def _quotas(results: Results, row: Row) -> list[str]:
+    """What each quota would cost of this format and length, as predicted."""
+    split, timing = row.point.split, results.timing(row)
+    layers = len(split.sizes.blocks)
+    lines = ["Predicted for this plugin, by the quota of the compute device:", ""]
+    shown = {}
+    for share in range(0, 101, 10):
+        other = split_with(split.sizes, round(layers * share / 100), split.compute_device)
+        shown.setdefault(other.compute_bytes, predict(other, timing))
+    lines.append(f"| quota | {' | '.join(_size(nbytes) for nbytes in shown)} |")
+    lines.append("|---|" + "---:|" * len(shown))
+    lines.append(f"| step [ms] | {' | '.join(f'{s * 1e3:.4g}' for s in shown.values())} |")
+    times = (f"{seconds / timing.compute:.2f}" for seconds in shown.values())
+    lines.append(f"| over everything resident | {' | '.join(times)} |")
+    return lines
 
 
 def _size(nbytes: int) -> str:

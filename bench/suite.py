@@ -21,6 +21,8 @@ import torch
 from machine import Machine, peak_rss
 from ways import WAYS, Point, Resident, Way, sizes_of, split_with
 
+from block_swap.step_time import Timing
+
 WARM_UP = 2
 LONG_STEP = 5.0  # seconds; above, a way gets one pass to warm up
 FEWEST_PASSES = 2
@@ -91,6 +93,10 @@ class Results:
 
     def ratio(self, row: Row) -> float:
         return statistics.median(row.seconds) / self.bound(row)
+
+    def timing(self, row: Row) -> Timing:
+        """What predictions for the point of ``row`` are made of."""
+        return Timing(self.resident_step(row), {"cpu": self.bandwidth(row)})
 
     def complete(self) -> list[Row]:
         """The rows that have a bound: those whose point has a resident step."""
