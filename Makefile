@@ -37,25 +37,25 @@ unit simulator simulated large: $(READY)
 	$(PYTEST) tests/$@
 
 # The versions also load the two custom nodes in either order.
-host-%: $(READY)
+$(COMFYUI:%=host-%): host-%: $(READY)
 	$(EACH_MULTIGPU) \
 		$(PYTEST) tests/host --comfyui $* --multigpu "$$multigpu" $(GGUF) \
 			$(if $(filter $*,$(lastword $(COMFYUI))),--plugin-first); \
 	done
 
-server-%: $(READY)
+$(COMFYUI:%=server-%): server-%: $(READY)
 	$(EACH_MULTIGPU) \
 		$(PYTEST) tests/server --comfyui $* --multigpu "$$multigpu"; \
 	done
 
-smoke-%: $(READY)
+$(SMOKE:%=smoke-%): smoke-%: $(READY)
 	$(EACH_MULTIGPU) \
 		$(PYTEST) tests/host/test_split_and_run.py -k bit_equal --comfyui $* \
 			--multigpu "$$multigpu"; \
 	done
 
 # What older versions of MultiGPU leave for the plugin.
-contract-%: $(READY)
+$(CONTRACTS:%=contract-%): contract-%: $(READY)
 	$(PYTEST) tests/host/test_split_and_run.py -k bit_equal --comfyui 0.18.2 --multigpu double:$*
 
 peers: $(READY)
