@@ -406,7 +406,11 @@ class _Ring:
     def __init__(self, buffer: torch.Tensor):
         self._chunks = [[chunk, None] for chunk in buffer.chunk(RING_CHUNKS)]
         self._next = 0
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="block-swap")
+        self._worker_ids: list[int] = []
+        worker_ids = self._worker_ids
+        self._worker = ThreadPoolExecutor(
+            1, "block-swap", initializer=lambda: worker_ids.append(threading.get_ident())
+        )
 
     @classmethod
     def make(cls) -> _Ring | None:
@@ -414,9 +418,17 @@ class _Ring:
         buffer = device_utils.page_locked(CHUNK_BYTES * RING_CHUNKS)
         return None if buffer is None else cls(buffer)
 
-    def submit(self, copy: Callable[[], None]) -> Future:
-        """Have the worker run ``copy``, after what was submitted before."""
-        return self._worker.submit(copy)
+    def submit(self, copy: Callable[[], None], owner: object) -> Future:
+        """Have the worker run ``copy``, after what was submitted before; ``owner`` lives on."""
+        return self._worker.submit(lambda _: copy(), owner)
+
+    def finish(self) -> None:
+        """Wait for all that was submitted.
+
+        A model may die in the worker, whose last work has held it: then there is nothing left.
+        """
+        if threading.get_ident() not in self._worker_ids:
+            self._worker.submit(lambda: None).result()
 
     def copy(self, home: torch.Tensor, target: torch.Tensor, stream, new_event) -> None:
         """Queue the copy of ``home`` to ``target`` on ``stream``, the current one."""
@@ -461,12 +473,22 @@ class _Link:
         pageable = pack.device.type == "cpu" and not pack.locked and self._module is not None
         return pageable and self._ring is not None
 
-    def copy(self, pack: Pack, target: torch.Tensor, slot: _Slot, timer: _PassTimer | None) -> None:
-        """Queue the copy of ``pack`` to ``target`` in ``slot``, after the slot's last reader."""
+    def copy(
+        self,
+        pack: Pack,
+        target: torch.Tensor,
+        slot: _Slot,
+        timer: _PassTimer | None,
+        owner: object,
+    ) -> None:
+        """Queue the copy of ``pack`` to ``target`` in ``slot``, after the slot's last reader.
+
+        ``owner`` outlives it, and with it the slot.
+        """
         slot.await_queued()
         if self.is_staged(pack):
             copy = functools.partial(self._queue, pack.flat, target, slot, timer, self._ring)
-            slot.queued = self._ring.submit(copy)
+            slot.queued = self._ring.submit(copy, owner)
         else:
             self._queue(pack.flat, target, slot, timer)
 
@@ -500,7 +522,7 @@ class _Link:
         """Wait for every copy on its way; what failed in the worker has failed for its slot."""
         ring = vars(self).get("_ring")
         if ring is not None:
-            ring.submit(lambda: None).result()
+            ring.finish()
         for stream in self._streams:
             stream.synchronize()
 
@@ -878,7 +900,7 @@ class BlockSwap:
                 target = slot.buffer[: pack.nbytes]
             slot.views[index] = (target, pack.views_of(target))
         slot.block = None  # until the copy is queued, so that an error leaves no false promise
-        self._link(pack).copy(pack, slot.views[index][0], slot, self._running_timer)
+        self._link(pack).copy(pack, slot.views[index][0], slot, self._running_timer, self)
         slot.block = index
         return slot
 

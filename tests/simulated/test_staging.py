@@ -1,5 +1,9 @@
 """Homes that the host cannot page-lock: staged through a page-locked ring by a worker thread."""
 
+import gc
+import threading
+import weakref
+
 import pytest
 import torch
 
@@ -25,9 +29,18 @@ def page_locking(monkeypatch):
     monkeypatch.setattr(swap_executor, "CHUNK_BYTES", 1 << 10)
     simulator.page_locking.enforced = True
     yield rings
+    gc.collect()
+    join_workers()  # which hold a model until they are done with it
     simulator.page_locking.enforced = False
     for buffer in rings:
         simulator.page_locking.unlock(buffer)
+
+
+def join_workers():
+    for thread in threading.enumerate():
+        if thread.name.startswith("block-swap"):
+            thread.join(10)
+            assert not thread.is_alive()
 
 
 def inputs():
@@ -174,3 +187,32 @@ def test_homes_move_only_after_the_worker_is_done():
     swap._packs[3].place(torch.device("acc:1"))
     swap.update(2)
     assert torch.equal(model(x).cpu(), expected)
+
+
+def test_a_model_that_dies_while_it_is_staged_is_not_waited_for_by_itself(monkeypatch):
+    """Its last reference may be that of the worker, which cannot wait for its own work."""
+    x = inputs()
+    model = Model()
+    swap = swap_of(model, ["cpu"] * 8)
+    model(x)
+    release, started = threading.Event(), threading.Event()
+    copy = swap_executor._Ring.copy
+
+    def slow(*args):
+        started.set()
+        release.wait(10)
+        copy(*args)
+
+    swap.settle()
+    monkeypatch.setattr(swap_executor._Ring, "copy", slow)
+    swap._prefetch()
+    dead = weakref.ref(swap)
+    assert started.wait(10)
+    del model, swap
+    gc.collect()
+    assert dead() is not None  # held by what the worker does
+    release.set()
+    join_workers()
+    assert dead() is None
+    gc.collect()
+    simulator.check()

@@ -47,11 +47,11 @@ def without_wait_for(event_name):
     def mutate(monkeypatch):
         copy = swap_executor._Link.copy
 
-        def mutated(link, pack, target, slot, timer):
+        def mutated(link, pack, target, slot, *rest):
             event = getattr(slot, event_name)
             setattr(slot, event_name, _Unawaited(event))
             try:
-                copy(link, pack, target, slot, timer)
+                copy(link, pack, target, slot, *rest)
             finally:
                 setattr(slot, event_name, event)
 
