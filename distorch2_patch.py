@@ -257,9 +257,9 @@ class SwappedModel:
         for module in _beside(model):
             module.to(self.swap.compute_device)
         self._pin, self._unpin = pin, unpin
-        timed = weakref.WeakMethod(self._timed)
-        self.swap.on_pass_time = lambda pass_time: timed()(pass_time)
         self._place()
+        timed = weakref.WeakMethod(self._timed)
+        self.swap.time_passes(lambda pass_time: timed()(pass_time))
         logger.info("\n".join([self.split.table(), *self._remarks()]))
         self._start_driving()
 
@@ -305,7 +305,7 @@ class SwappedModel:
                 logger.warning(f"[MultiGPU] block swap: the split stays as it was: {error}")
                 self.split = planned
                 self._place()
-                self.swap.on_pass_time = None  # nor is that tried again before the next load
+                self.swap.time_passes(None)  # nor is that tried again before the next load
         logger.info(f"[MultiGPU] block swap: {step_time.report(self.split, self.timing)}")
 
     def _remarks(self) -> Iterator[str]:

@@ -13,6 +13,7 @@ import sys
 import threading
 import types
 import weakref
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -594,8 +595,6 @@ class BlockSwap:
     their call. Nothing swapped travels back, and after a pass, however it ends, every tensor is at
     home.
 
-    ``on_pass_time`` is called between passes with the ``PassTime`` of the second pass after an
-    ``update``, and of the second with inputs of another shape; it may move packs.
     """
 
     def __init__(
@@ -617,9 +616,8 @@ class BlockSwap:
         self._trace: list[int] = []
         self._cursor = 0
         self._depth = 0
-        self.on_pass_time: Callable[[PassTime], None] | None = None
-        self._shape: object = None  # of the inputs of the passes that are counted
-        self._passes = 0
+        self._on_pass_time: Callable[[PassTime], None] | None = None
+        self._passes: Counter = Counter()  # by the shape of their inputs
         self._timer: _PassTimer | None = None
         self._views: dict[str, BlockList | _SwappedModule] = {}
         # Slots and homes must outlive the copies that are still on their way.
@@ -635,7 +633,7 @@ class BlockSwap:
         too many, or of another size, are freed.
         """
         self._slots_wanted = slots
-        self._passes, self._timer = 0, None
+        self._timer = None
         first = list(self._embeddings.values())
         execution = first + [i for i in range(len(self._packs)) if i not in first]
         self._order = [i for i in execution if self._packs[i].device != self.compute_device]
@@ -787,7 +785,7 @@ class BlockSwap:
             if completed:
                 self._timer.stop()
             else:
-                self._timer, self._passes = None, 0
+                self._timer = None
         if completed:
             # A pass that skips blocks keeps the order, one that runs them otherwise teaches it.
             if not _is_subsequence(self._trace, self._order):
@@ -798,13 +796,20 @@ class BlockSwap:
     def _running_timer(self) -> _PassTimer | None:
         return self._timer if self._timer is not None and self._timer.running else None
 
+    def time_passes(self, on_pass_time: Callable[[PassTime], None] | None) -> None:
+        """Call ``on_pass_time`` with what the second pass took, once for every shape of inputs.
+
+        It is called between passes, and may move packs. The first pass of a shape warms up what it
+        runs through.
+        """
+        self._on_pass_time = on_pass_time
+        self._passes.clear()
+        self._timer = None
+
     def _count_pass(self, shape: object) -> None:
-        """Time the second pass of a kind: the first one warms up what it runs through."""
-        if shape != self._shape:
-            self._shape, self._passes, self._timer = shape, 0, None
-        self._passes += 1
-        capable = stream_module(self.compute_device) is not None
-        if self._passes == 2 and capable and self.on_pass_time is not None:
+        self._passes[shape] += 1
+        wanted = self._passes[shape] == 2 and self._on_pass_time is not None
+        if wanted and self._timer is None and stream_module(self.compute_device) is not None:
             self._timer = _PassTimer(self.compute_device)
 
     def _report_time(self) -> None:
@@ -814,7 +819,7 @@ class BlockSwap:
         result = self._timer.result()
         if result is not None:
             self._timer = None
-            self.on_pass_time(result)
+            self._on_pass_time(result)
 
     def acquire(self, index: int) -> _Use | None:
         """Bring block ``index`` in, its copy ordered before the computation that follows.

@@ -86,11 +86,10 @@ def test_a_timed_pass_is_predicted_and_its_split_improved(bench, forward, transf
     patcher, resident_step = transfer_bound
     state = bench.state(patcher)
     planned, held = state.split, ledger.allocated[COMPUTE]
-    improve, state.swap.on_pass_time = state.swap.on_pass_time, None
+    state.swap.time_passes(None)
     first = forward(patcher)
     assert state.split is planned
-    state.swap.on_pass_time = improve
-    state.swap.update(planned.slots)
+    state.swap.time_passes(state._timed)
     second = forward(patcher)
     assert (state.split.slots, len(state.split.swapped)) == (2, 5)
     assert second < 0.9 * first

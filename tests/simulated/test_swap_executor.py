@@ -1,6 +1,7 @@
 """The swap on simulated accelerators: results, order, bytes, exceptions."""
 
 import gc
+import itertools
 import weakref
 
 import psutil
@@ -326,3 +327,47 @@ def test_two_hundred_passes_leave_no_trace_in_ram():
     run(50)
     before = run(50)
     assert run(200) - before < 1 << 20
+
+
+def test_the_second_pass_of_every_shape_is_timed_once():
+    model = Model()
+    swap = swap_of(model, HOMES["mixed"])
+    times = []
+    swap.time_passes(times.append)
+    alternating = itertools.cycle([torch.randn(rows, 32).to(COMPUTE) for rows in (4, 2)])
+
+    def run(passes):
+        for _ in range(passes):
+            model(next(alternating))
+            torch.acc.synchronize()
+        return len(times)
+
+    assert [run(1), run(1), run(1), run(1), run(4), run(4)] == [0, 0, 0, 1, 2, 2]
+    for pass_time in times:
+        assert 0 <= pass_time.waiting < pass_time.total
+        moved = {}
+        for donor, nbytes, seconds in pass_time.copies:
+            assert seconds > 0
+            moved[str(donor)] = moved.get(str(donor), 0) + nbytes
+        block = swap._packs[0].nbytes
+        assert sum(moved.values()) <= 6 * block
+        assert set(moved) == {"cpu", "acc:1"}
+    swap.time_passes(times.append)
+    assert run(6) == 4
+
+
+def test_a_pass_that_fails_is_not_timed():
+    model = Model()
+    swap = swap_of(model, HOMES["half"])
+    times = []
+    swap.time_passes(times.append)
+    x = torch.randn(4, 32).to(COMPUTE)
+    model(x)
+    model.fail_at = 5
+    with pytest.raises(InterruptedError):
+        model(x)
+    model.fail_at = None
+    for _ in range(3):
+        model(x)
+        torch.acc.synchronize()
+    assert times == []
