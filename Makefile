@@ -62,7 +62,7 @@ peers: $(READY)
 	$(PY) bench/run.py --simulated --no-grid --limit 1.05 --out .cache/bench
 
 grid: $(READY)
-	$(PY) bench/simulated_grid.py --limit 1.05
+	$(PY) bench/simulated_grid.py --limit 1.02
 
 host-time: $(READY)
 	$(PY) bench/host_time.py --limit-us 50

@@ -29,6 +29,10 @@ logger = logging.getLogger("MultiGPU")
 # Offsets in a pack: what CUDA's own allocations guarantee to kernels that load whole vectors.
 ALIGNMENT = 256
 
+# From this size on a moved pack has the heap trimmed, which takes milliseconds: glibc would keep
+# what the weights had, on a load after the first all of the model.
+TRIM_BYTES = 1 << 24
+
 # What pageable homes go through: at 25 GB/s a chunk is on the bus for less than a millisecond.
 CHUNK_BYTES = 1 << 24
 RING_CHUNKS = 4
@@ -331,8 +335,8 @@ class Pack:
             home = None
         self.flat, self.views, self._home = flat, views, home
         self.point(views)
-        # glibc would keep what the weights had: on a load after the first, all of the model.
-        device_utils.trim_host_heap()
+        if self.nbytes >= TRIM_BYTES:
+            device_utils.trim_host_heap()
 
     def forget_home(self) -> None:
         """Free the home of a pack on an accelerator, which others are about to write to."""

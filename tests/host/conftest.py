@@ -161,6 +161,12 @@ def simulated(bench):
     simulator.check()
 
 
+@pytest.fixture
+def static_split(bench, monkeypatch):
+    """No slot is exchanged for a block, for tests that count copies over several passes."""
+    monkeypatch.setattr(bench.module("step_time"), "WORTH", 1.0)
+
+
 @pytest.fixture(scope="session")
 def reference(bench):
     """Latents of the unswapped model on the same device, by seed (1 and 2)."""

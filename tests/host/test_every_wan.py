@@ -17,6 +17,8 @@ from rig.wan_classes import DIM, Case, inputs
 
 ledger = simulator.ledger
 SEEDS = (1, 2, 3)
+pytestmark = pytest.mark.usefixtures("static_split")
+
 LARGE = 1 << 20  # a block has 3 MB, all inputs of a small Wan together have less than this
 
 

@@ -87,6 +87,7 @@ def test_free_ejects_the_flagged_model_from_every_device(bench, reference, reten
     assert reads == ["wan.safetensors"]
 
 
+@pytest.mark.usefixtures("static_split")
 def test_free_leaves_a_kept_model_exactly_where_it_was(bench, reference, retention, reads):
     expected = reference[2]
     keep = bench.distorch(SPLIT, keep_loaded=True)

@@ -69,6 +69,7 @@ def test_the_peak_less_activations_stays_within_the_split(bench, inputs):
     assert ledger.peak[COMPUTE] - before <= split.compute_bytes + activations + 20_000
 
 
+@pytest.mark.usefixtures("static_split")
 @all_strings
 def test_a_pass_moves_the_swapped_blocks_up_in_one_copy_each_and_no_weights_down(bench, inputs):
     loader = bench.distorch(**inputs)
@@ -93,6 +94,7 @@ def test_a_pass_moves_the_swapped_blocks_up_in_one_copy_each_and_no_weights_down
         assert all(nbytes < 20_000 for nbytes in down)
 
 
+@pytest.mark.usefixtures("static_split")
 def test_the_table_is_printed_once_per_load(bench, capfd, caplog):
     loader = bench.distorch("acc:0,12mb;acc:1,8mb;cpu,*")
     with caplog.at_level("INFO", logger="MultiGPU"):

@@ -347,7 +347,7 @@ def test_the_second_pass_of_every_shape_is_timed_once():
         assert 0 <= pass_time.waiting < pass_time.total
         moved = {}
         for donor, nbytes, seconds in pass_time.copies:
-            assert seconds > 0
+            assert seconds >= 0  # small ones take no time on the virtual clock
             moved[str(donor)] = moved.get(str(donor), 0) + nbytes
         block = swap._packs[0].nbytes
         assert sum(moved.values()) <= 6 * block
