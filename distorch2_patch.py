@@ -139,8 +139,10 @@ def read_allocation(patcher) -> Allocation:
 # A model loaded by this plugin
 # --------------------------------------------------------------------------------------------
 
-# Resident blocks keep homes in RAM while this share of all RAM stays available.
+# Resident blocks keep homes in RAM while this share of all RAM stays available; not so on devices
+# whose memory is RAM.
 AVAILABLE_RAM = 0.2
+SHARE_RAM = (CPU, "mps")
 
 
 def has_room_for_homes(nbytes: int, available: int, total: int) -> bool:
@@ -271,18 +273,26 @@ class SwappedModel:
         compute = self.swap.compute_device
         self.swap.drop_slots()
         targets = [*zip(self.packs, self._homes(), strict=True), (self.non_block, compute)]
-        resident = sum(pack.nbytes for pack, home in targets if home == compute)
+        keep_homes = self._has_room_for_homes([p for p, home in targets if home == compute])
+        try:
+            # What leaves the compute device goes first: it never holds more than the split says.
+            for pack, home in sorted(targets, key=lambda target: target[1] == compute):
+                pack.place(home, keep_home=keep_homes and home == compute)
+                if home != compute:
+                    pack.lock(self._pin, self._unpin)
+            self._placed = self.split
+        finally:
+            # A split without slots needs some once ``give_back`` has taken resident blocks away.
+            self.swap.update(self.split.slots or 2)
+
+    def _has_room_for_homes(self, resident: list[Pack]) -> bool:
+        """Whether what is to be resident keeps homes in RAM."""
+        if self.swap.compute_device.type in SHARE_RAM:
+            return False
+        in_ram = torch.device(CPU)
+        added = sum(p.nbytes for p in resident if p.device != in_ram and not p.home_bytes)
         ram = psutil.virtual_memory()
-        keep_homes = compute.type != CPU and has_room_for_homes(resident, ram.available, ram.total)
-        # What leaves the compute device goes first: it never holds more than the split says. What
-        # travels in every pass is also page-locked first.
-        for pack, home in sorted(targets, key=lambda target: target[1] == compute):
-            pack.place(home, keep_home=keep_homes and home == compute)
-            if compute.type != CPU:
-                pack.lock(self._pin, self._unpin)
-        # A split without slots needs some once ``give_back`` has taken its resident blocks away.
-        self.swap.update(self.split.slots or 2)
-        self._placed = self.split
+        return has_room_for_homes(added, ram.available, ram.total)
 
     def _timed(self, pass_time: PassTime) -> None:
         """Say what the split costs now that it is known, and improve it where that pays."""
@@ -295,8 +305,12 @@ class SwappedModel:
             sums[0] += nbytes
             sums[1] += seconds
         bandwidth = {donor: nbytes / s for donor, (nbytes, s) in moved.items() if s > 0}
-        self.timing = step_time.Timing(compute, bandwidth)
-        planned, self.split = self.split, step_time.improve(self.split, self.timing)
+        known = {} if self.timing is None else self.timing.bandwidth
+        self.timing = step_time.Timing(compute, {**known, **bandwidth})
+        planned, before = self.split, [pack.device for pack in self.packs]
+        # What was given back to other models is not taken again before the next load.
+        if before == self._homes():
+            self.split = step_time.improve(planned, self.timing)
         if self.split is not planned:
             try:
                 self._place()
@@ -325,7 +339,7 @@ class SwappedModel:
         homes = sum(pack.home_bytes for pack in self.all_packs())
         if homes:
             yield f"  RAM: {format_bytes(homes)} of homes for what is resident: unloading is free"
-        elif compute.type != CPU:
+        elif compute.type not in SHARE_RAM:
             yield (
                 f"  RAM: no homes for what is resident, {AVAILABLE_RAM:.0%} of all RAM is to stay "
                 f"available"
@@ -349,6 +363,7 @@ class SwappedModel:
                 break
             if pack.device == self.swap.compute_device:
                 pack.place(self._storage(offload_device))
+                pack.lock(self._pin, self._unpin)  # it travels now
         self.swap.update(self.split.slots or 2)
         return before - self.compute_bytes()
 
@@ -538,6 +553,8 @@ def unpatch_model(wrapped, patcher, args, kwargs):
         with state.undriven():
             return wrapped(*args, **kwargs)
     with state.swap.writing_homes(), state.undriven():
+        if any(entry.inplace_update for entry in patcher.backup.values()):
+            state.forget_homes()
         storage = None
         if device_to is not None:
             storage = state.unload(device_to, donors_too=not _donors_stay.get())

@@ -359,7 +359,7 @@ def _loader(join: MemoryJoin, node_class: str) -> Callable:
                 retention.changed(key)
         if retained is None:
             if join.watch.is_short():
-                retention.let_go_all("RAM is short")
+                join.free_ram()
             with _files_read() as files:
                 retained = Retained(wrapped(*args, **kwargs), files)
         elif inputs.get("eject_models"):
@@ -547,9 +547,7 @@ def _soft_empty_cache(join: MemoryJoin, host: Callable) -> Callable:
         running = queue is not None and bool(queue.currently_running)
         if not running and join.watch.is_short():
             logger.warning(f"[MultiGPU] RAM is above {RAM_THRESHOLD:.0f}%: node outputs are let go")
-            join.retention.let_go_all("RAM is short")
-            for patcher in list(join.patchers):
-                forget_homes(patcher)
+            join.free_ram()
             _forget_outputs(join)
         active = any(is_distorch2(model) for _, model in _loaded(mm))
         if active:
@@ -618,6 +616,12 @@ class MemoryJoin:
         self.executor: Callable = lambda: None  # a weak reference, once a prompt has run
         self.watch = RamWatch()
         self.trim_due = False  # models were ejected since the host's heap was trimmed
+
+    def free_ram(self) -> None:
+        """RAM is short: let go of what is retained, and of the homes of what is resident."""
+        self.retention.let_go_all("RAM is short")
+        for patcher in list(self.patchers):
+            forget_homes(patcher)
 
     def install(self, multigpu: ModuleType) -> None:
         """Patch the loader nodes of ``multigpu``, MultiGPU's package, and ComfyUI's management."""

@@ -64,7 +64,9 @@ def predict(split: Split, timing: Timing) -> float:
         for i in split.swapped
     }
     link_free = dict.fromkeys(split.homes, 0.0)
-    slot_free = [0.0] * split.slots  # in the order in which the slots are taken
+    # In the order in which they are taken. What the forward holds beside the block that its loop is
+    # at keeps a slot each.
+    slot_free = [0.0] * max(1, split.slots - split.sizes.min_slots + 1)
     now, ends = 0.0, []
     for _ in range(WARM_UP + MEASURED):
         for index in order:

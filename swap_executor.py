@@ -15,7 +15,7 @@ import types
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -231,7 +231,8 @@ class _PassTimer:
 
     def result(self) -> PassTime | None:
         """What it took; ``None`` while that is not over on the device."""
-        events = [self._end, *(after for *_, after in self._copies)]
+        copies = tuple(self._copies)  # a worker may still add to them
+        events = [self._end, *(after for *_, after in copies)]
         if not all(event.query() for event in events):
             return None
 
@@ -241,7 +242,7 @@ class _PassTimer:
         return PassTime(
             seconds(self._start, self._end),
             sum(seconds(*wait) for wait in self._waits),
-            tuple((donor, n, seconds(before, after)) for donor, n, before, after in self._copies),
+            tuple((donor, n, seconds(before, after)) for donor, n, before, after in copies),
         )
 
 
@@ -411,29 +412,29 @@ class _Ring:
     def __init__(self, buffer: torch.Tensor):
         self._chunks = [[chunk, None] for chunk in buffer.chunk(RING_CHUNKS)]
         self._next = 0
-        self._worker_ids: list[int] = []
-        worker_ids = self._worker_ids
-        self._worker = ThreadPoolExecutor(
-            1, "block-swap", initializer=lambda: worker_ids.append(threading.get_ident())
-        )
+        self._worker = ThreadPoolExecutor(1, "block-swap")
+        self._last: Future | None = None
 
     @classmethod
     def make(cls) -> _Ring | None:
         """A ring, or ``None`` where this machine gives no page-locked memory."""
-        buffer = device_utils.page_locked(CHUNK_BYTES * RING_CHUNKS)
-        return None if buffer is None else cls(buffer)
+        with _ordinary_tensors():
+            buffer = device_utils.page_locked(CHUNK_BYTES * RING_CHUNKS)
+            return None if buffer is None else cls(buffer)
 
     def submit(self, copy: Callable[[], None], owner: object) -> Future:
         """Have the worker run ``copy``, after what was submitted before; ``owner`` lives on."""
-        return self._worker.submit(lambda _: copy(), owner)
+        self._last = self._worker.submit(lambda _: copy(), owner)
+        return self._last
 
     def finish(self) -> None:
         """Wait for all that was submitted.
 
-        A model may die in the worker, whose last work has held it: then there is nothing left.
+        Once the owner is dead nothing is left to wait for: a finalizer may run in the worker, or in
+        the middle of a ``submit``, and must neither wait there nor submit anything.
         """
-        if threading.get_ident() not in self._worker_ids:
-            self._worker.submit(lambda: None).result()
+        if self._last is not None:
+            wait([self._last])
 
     def copy(self, home: torch.Tensor, target: torch.Tensor, stream, new_event) -> None:
         """Queue the copy of ``home`` to ``target`` on ``stream``, the current one."""
@@ -814,16 +815,29 @@ class BlockSwap:
         self._passes[shape] += 1
         wanted = self._passes[shape] == 2 and self._on_pass_time is not None
         if wanted and self._timer is None and stream_module(self.compute_device) is not None:
-            self._timer = _PassTimer(self.compute_device)
+            with self._timing():
+                self._timer = _PassTimer(self.compute_device)
 
     def _report_time(self) -> None:
         """Tell what the timed pass took, once that is over on the device too."""
-        if self._timer is None:
+        timer, self._timer = self._timer, None
+        if timer is None:
             return
-        result = self._timer.result()
-        if result is not None:
-            self._timer = None
-            self._on_pass_time(result)
+        with self._timing():
+            result = timer.result()
+            if result is None:
+                self._timer = timer
+            else:
+                self._on_pass_time(result)
+
+    @contextmanager
+    def _timing(self) -> Iterator[None]:
+        """Inside, an error ends the timing and never the run: not every backend can be timed."""
+        try:
+            yield
+        except Exception as error:
+            logger.warning(f"[MultiGPU] block swap: passes are not timed any more: {error!r}")
+            self.time_passes(None)
 
     def acquire(self, index: int) -> _Use | None:
         """Bring block ``index`` in, its copy ordered before the computation that follows.

@@ -414,3 +414,26 @@ def test_two_experts_take_turns_for_one_upload_of_what_is_resident(bench, ram, m
             assert copies_of("down") == 0
             assert 0 < copies_of("up") <= homes + 20_000
     del patchers
+
+
+def test_homes_that_are_there_take_no_further_ram(bench, ram, monkeypatch):
+    """A reload is not charged again for what is in RAM already."""
+    ram(1 << 40, 1 << 41)
+    patcher = bench.load(bench.distorch(SPLIT))
+    with torch.inference_mode():
+        bench.mm.load_models_gpu([patcher])
+        bench.clear()
+        ram(1 << 20, 1 << 21)  # half is available, less than the model takes
+        bench.mm.load_models_gpu([patcher])
+    assert sum(pack.home_bytes for pack in bench.state(patcher).all_packs()) > 0
+
+
+def test_a_loader_in_short_ram_frees_homes(bench, monkeypatch):
+    patcher = bench.load(bench.distorch(SPLIT))
+    with torch.inference_mode():
+        bench.mm.load_models_gpu([patcher])
+    state = bench.state(patcher)
+    assert sum(pack.home_bytes for pack in state.all_packs()) > 0
+    monkeypatch.setattr(bench.plugin._memory.watch, "is_short", lambda: True)
+    bench.load(bench.distorch(SPLIT, unet_name="other.safetensors"))
+    assert sum(pack.home_bytes for pack in state.all_packs()) == 0

@@ -122,3 +122,35 @@ def test_an_improvement_without_memory_for_it_leaves_the_split_as_it_was(
     assert failed and state.split is planned
     assert bench.mm.current_loaded_models[0] is before
     assert patcher.loaded_size() == planned.compute_bytes
+
+
+def test_what_was_given_back_is_not_taken_by_an_improvement(bench, forward, transfer_bound):
+    """Another model has that memory now; the next load asks for it."""
+    patcher, _ = transfer_bound
+    with torch.inference_mode():
+        patcher.partially_unload(torch.device("cpu"), 1 << 40)
+    left = patcher.loaded_size()
+    state = bench.state(patcher)
+    forward(patcher)
+    assert state.timing is not None
+    assert patcher.loaded_size() == left + state.swap.slot_bytes
+    bench.mm.load_models_gpu([patcher])
+    assert patcher.loaded_size() == state.split.compute_bytes
+
+
+def test_memory_that_is_gone_in_the_middle_of_an_improvement_fails_no_pass(
+    bench, forward, transfer_bound, monkeypatch
+):
+    patcher, _ = transfer_bound
+    state = bench.state(patcher)
+    pack_class = type(state.packs[0])
+    place = pack_class.place
+
+    def taken(pack, device, keep_home=False):
+        if device == torch.device(COMPUTE) and pack.device != device:
+            raise torch.OutOfMemoryError("taken by another model")
+        place(pack, device, keep_home)
+
+    monkeypatch.setattr(pack_class, "place", taken)
+    forward(patcher)
+    assert patcher.loaded_size() <= state.split.compute_bytes

@@ -47,13 +47,16 @@ def inputs():
     return torch.randn(4, 32, generator=torch.Generator().manual_seed(1)).to(COMPUTE)
 
 
-def test_the_result_is_that_of_the_unswapped_model(page_locking):
+@pytest.mark.parametrize("inference", [False, True])  # ComfyUI loads and samples in it
+def test_the_result_is_that_of_the_unswapped_model(page_locking, inference):
     x = inputs()
     expected = Model()(x.cpu())
-    model = Model()
-    swap = swap_of(model, ["cpu"] * 8)
-    for _ in range(4):
-        assert torch.equal(model(x).cpu(), expected)
+    with torch.inference_mode(inference):
+        model = Model()
+        swap = swap_of(model, ["cpu"] * 8)
+        assert swap.count_staged() == 8
+        for _ in range(4):
+            assert torch.equal(model(x).cpu(), expected)
     assert at_home(swap, model)
     assert swap.count_staged() == 8
     (ring,) = page_locking

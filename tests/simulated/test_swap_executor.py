@@ -8,6 +8,7 @@ import psutil
 import pytest
 import torch
 
+from block_swap import swap_executor
 from rig import simulator
 from toy import COMPUTE, Model, at_home, swap_of
 
@@ -371,3 +372,38 @@ def test_a_pass_that_fails_is_not_timed():
         model(x)
         torch.acc.synchronize()
     assert times == []
+
+
+def test_a_backend_that_cannot_time_is_not_timed(monkeypatch, caplog):
+    def elapsed_time(event, other):
+        raise NotImplementedError("elapsed_time is not supported")
+
+    monkeypatch.setattr(simulator.Event, "elapsed_time", elapsed_time)
+    model = Model()
+    swap = swap_of(model, HOMES["half"])
+    swap.time_passes(lambda _: pytest.fail("there is no time to tell of"))
+    x = torch.randn(4, 32).to(COMPUTE)
+    expected = Model()(x.cpu())
+    for _ in range(6):
+        assert torch.equal(model(x).cpu(), expected)
+        torch.acc.synchronize()
+    assert len([r for r in caplog.records if "not timed any more" in r.message]) == 1
+
+
+def test_copies_that_are_queued_meanwhile_do_not_count(monkeypatch):
+    """A worker may still be staging what comes next when the timed pass has ended."""
+    timer = swap_executor._PassTimer(COMPUTE)
+    stream = torch.acc.Stream(0)
+    with timer.copy(torch.device("cpu"), 1, stream):
+        pass
+    timer.stop()
+    torch.acc.synchronize()
+    query = simulator.Event.query
+
+    def queues_another(event):
+        if len(timer._copies) == 1:
+            timer._copies.append((torch.device("cpu"), 1, *(torch.acc.Event() for _ in range(2))))
+        return query(event)
+
+    monkeypatch.setattr(simulator.Event, "query", queues_another)
+    assert len(timer.result().copies) == 1

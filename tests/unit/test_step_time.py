@@ -1,5 +1,7 @@
 """Predicted steps: the cases that have one right answer, and what is made of them."""
 
+from dataclasses import replace
+
 import pytest
 
 from block_swap.allocation_parser import Block, ModelSizes, parse_allocation, plan_split
@@ -87,3 +89,16 @@ def test_the_report_names_the_cost_and_what_is_free():
     line = report(plan("acc:0,2000b;cpu,*"), timing(0.5))
     assert "8.000 s, 2.00 times" in line
     assert "on acc:0 cost no time" in line
+
+
+def test_what_the_forward_holds_beside_its_loop_is_no_slot_to_copy_into():
+    """A VACE holds two blocks: with two slots nothing overlaps, with three everything does."""
+    blocks = tuple(Block(f"blocks.{i}", NBYTES) for i in range(8))
+
+    def vace(slots):
+        allocation = parse_allocation("acc:0,1b;cpu,*", DEVICES, "acc:0")
+        sizes = ModelSizes(blocks, 0, min_slots=2)
+        return replace(plan_split(allocation, sizes, {}), slots=slots)
+
+    assert predict(vace(2), timing(1.0)) == pytest.approx(16)
+    assert predict(vace(3), timing(1.0)) == pytest.approx(8)
