@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from .allocation_parser import Allocation, Entry, Mode, Split, format_bytes, plan_split
+from .allocation_parser import GIB, MIB, Allocation, Entry, Mode, Split, plan_split
 
 # Passes until the schedule repeats; the order of copies goes on from one pass to the next.
 WARM_UP = 4
@@ -45,7 +45,7 @@ def transfer_line(split: Split) -> str:
     devices = {split.homes[i] for i in split.swapped}
     nbytes = {donor: split.bytes_per_pass and split.bytes_on(donor) for donor in devices}
     seconds = max(nbytes.values(), default=0) / ASSUMED_BANDWIDTH
-    return f"  that takes {seconds:.2f} s at {ASSUMED_BANDWIDTH / 1e9:.0f} GB/s (assumed)"
+    return f"  that takes {seconds:.3g} s at {ASSUMED_BANDWIDTH / 1e9:.0f} GB/s (assumed)"
 
 
 def predict(split: Split, timing: Timing) -> float:
@@ -159,12 +159,21 @@ def report(split: Split, timing: Timing) -> str:
         f"{donor} {bandwidth / 1e9:.1f} GB/s" for donor, bandwidth in timing.bandwidth.items()
     )
     line = (
-        f"a pass takes {seconds:.3f} s, {seconds / timing.compute:.2f} times that with everything "
+        f"a pass takes {seconds:.3g} s, {seconds / timing.compute:.2f} times that with everything "
         f"resident"
     )
     if links:
         line += f" ({links})"
     cheapest = cheapest_quota(split, timing)
     if cheapest is not None:
-        line += f"; {format_bytes(cheapest.compute_bytes)} on {split.compute_device} cost no time"
+        quota = f"{split.compute_device},{as_amount(cheapest.compute_bytes)}"
+        line += f"; a quota of {quota} would cost no time"
     return line
+
+
+def as_amount(nbytes: int) -> str:
+    """The least amount of an allocation string that holds ``nbytes``, with three figures or so."""
+    if nbytes < GIB:
+        return f"{-(-nbytes // MIB)}mb"
+    hundredths = -(-nbytes * 100 // GIB)
+    return f"{hundredths // 100}.{hundredths % 100:02}gb"

@@ -1,4 +1,4 @@
-"""A load of 2 GB takes no more memory than DESIGN §6 says: the model's size, and one block."""
+"""A load of 2 GB takes no more memory than it must: the model's size, and one block."""
 
 import pytest
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from block_swap.allocation_parser import Block, ModelSizes, parse_allocation, plan_split
-from block_swap.step_time import Timing, cheapest_quota, improve, predict, report
+from block_swap.step_time import Timing, as_amount, cheapest_quota, improve, predict, report
 
 NBYTES = 1000
 DEVICES = ("cpu", "acc:0", "acc:1")
@@ -87,8 +87,18 @@ def test_the_cheapest_quota_is_the_least_that_costs_no_time():
 
 def test_the_report_names_the_cost_and_what_is_free():
     line = report(plan("acc:0,2000b;cpu,*"), timing(0.5))
-    assert "8.000 s, 2.00 times" in line
-    assert "on acc:0 cost no time" in line
+    assert "8 s, 2.00 times" in line
+    assert "a quota of acc:0,1mb would cost no time" in line
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "amount"),
+    [(1, "1mb"), (700 << 20, "700mb"), ((1 << 30) + 1, "1.01gb"), (7 << 28, "1.75gb")],
+)
+def test_an_amount_to_type_holds_what_it_stands_for(nbytes, amount):
+    assert as_amount(nbytes) == amount
+    (entry, _) = parse_allocation(f"acc:0,{amount};cpu,*", DEVICES, "acc:0").entries
+    assert entry.amount >= nbytes
 
 
 def test_what_the_forward_holds_beside_its_loop_is_no_slot_to_copy_into():
