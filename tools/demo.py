@@ -3,8 +3,8 @@
     make demo [MULTIGPU_DIR=<checkout of ComfyUI-MultiGPU>]
 
 Runs on the GPU where there is one, else on two simulated accelerators (whose speed says nothing).
-Prints the split, the bytes to move, on the simulator those that moved, and whether the latent equals
-the unswapped one. Exits with 1 when it does not, or when other bytes moved than the table says.
+Prints the split, the bytes to move, on the simulator those that moved, and whether the latent
+equals the unswapped one. Exits with 1 when it does not, or when other bytes moved than told.
 """
 
 from __future__ import annotations

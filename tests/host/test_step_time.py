@@ -37,18 +37,29 @@ def forward(bench):
     clock.reset_rates()
 
 
-@pytest.mark.parametrize("ratio", [0.25, 0.7, 1.0, 1.4, 4.0])
-@pytest.mark.parametrize("blocks", [2, 4, 5, 6, 7])
-def test_a_step_is_within_5_percent_of_the_bound(bench, forward, blocks, ratio):
-    """``blocks``: the quota's room behind non-block weights; ``ratio``: compute over transfer."""
-    clock.flops = 1e9
-    resident = bench.load(bench.distorch("acc:0,1gb;cpu,*"))
-    bench.mm.load_models_gpu([resident])
-    sizes = bench.state(resident).split.sizes
-    clock.set_bandwidth(1e30)
-    resident_step = forward(resident)
-    bench.clear()
+_known = {}
 
+
+@pytest.fixture
+def resident(bench, forward):
+    """The sizes of the model, and the seconds of a pass with everything resident."""
+    clock.flops = 1e9
+    if not _known:  # one measurement is enough for all tests
+        patcher = bench.load(bench.distorch("acc:0,1gb;cpu,*"))
+        bench.mm.load_models_gpu([patcher])
+        clock.set_bandwidth(1e30)
+        _known["sizes"] = bench.state(patcher).split.sizes
+        _known["seconds"] = forward(patcher)
+        bench.clear()
+    return _known["sizes"], _known["seconds"]
+
+
+# The whole grid is that of bench/simulated_grid.py; these are points of it on a real Wan.
+@pytest.mark.parametrize("ratio", [0.25, 1.0, 4.0])
+@pytest.mark.parametrize("blocks", [2, 5, 7])
+def test_a_step_is_within_5_percent_of_the_bound(bench, forward, resident, blocks, ratio):
+    """``blocks``: the quota's room behind non-block weights; ``ratio``: compute over transfer."""
+    sizes, resident_step = resident
     block = sizes.blocks[0].nbytes
     bandwidth = block / (resident_step / LAYERS) * ratio
     quota = sizes.total_bytes - LAYERS * block + blocks * block
@@ -62,15 +73,9 @@ def test_a_step_is_within_5_percent_of_the_bound(bench, forward, blocks, ratio):
 
 
 @pytest.fixture
-def transfer_bound(bench, forward):
+def transfer_bound(bench, forward, resident):
     """A patcher of which six blocks are swapped, computed in half the time of their copies."""
-    clock.flops = 1e9
-    resident = bench.load(bench.distorch("acc:0,1gb;cpu,*"))
-    bench.mm.load_models_gpu([resident])
-    sizes = bench.state(resident).split.sizes
-    clock.set_bandwidth(1e30)
-    resident_step = forward(resident)
-    bench.clear()
+    sizes, resident_step = resident
     block = sizes.blocks[0].nbytes
     clock.set_bandwidth(block / (resident_step / LAYERS) * 0.5, "cpu", COMPUTE)
     quota = sizes.total_bytes - LAYERS * block + 5 * block
