@@ -6,6 +6,7 @@ import ctypes
 import importlib
 import sys
 from contextlib import nullcontext
+from pathlib import Path
 from types import ModuleType
 
 import psutil
@@ -20,6 +21,15 @@ _INDEXED_FAMILIES = {
     "mlu": "torch_mlu",
     "corex": None,
 }
+
+
+# Where Linux tells a container what it may use, in both versions of its control groups: limit, use,
+# and what that is made of.
+CGROUP = Path("/sys/fs/cgroup")
+CGROUP_FILES = (
+    ("memory.max", "memory.current", "memory.stat"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
+)
 
 
 def device_names() -> tuple[str, ...]:
@@ -94,6 +104,27 @@ def used_memory(name: str) -> int:
     if hasattr(module, "memory_reserved"):
         return module.memory_reserved(device)
     return 0
+
+
+def ram() -> tuple[int, int]:
+    """Bytes of RAM that are available and in all, for this process.
+
+    In a container that is what its limit leaves: psutil tells of the whole machine. Pages of files
+    that nobody has used for long (``inactive_file``) can be had back.
+    """
+    memory = psutil.virtual_memory()
+    available, total = memory.available, memory.total
+    for names in CGROUP_FILES:
+        try:
+            limit, used, stat = ((CGROUP / name).read_text(encoding="ascii") for name in names)
+        except OSError:  # no such cgroup here
+            continue
+        if limit.strip().isdecimal() and int(limit) < total:
+            counts = dict(line.split() for line in stat.splitlines())
+            total = int(limit)
+            left = total - int(used) + int(counts.get("inactive_file", 0))
+            available = min(available, max(0, left))
+    return available, total
 
 
 def page_locked(nbytes: int) -> torch.Tensor | None:

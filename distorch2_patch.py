@@ -15,7 +15,6 @@ from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from types import ModuleType
 
-import psutil
 import torch
 
 from . import device_utils, step_time
@@ -291,8 +290,7 @@ class SwappedModel:
             return False
         in_ram = torch.device(CPU)
         added = sum(p.nbytes for p in resident if p.device != in_ram and not p.home_bytes)
-        ram = psutil.virtual_memory()
-        return has_room_for_homes(added, ram.available, ram.total)
+        return has_room_for_homes(added, *device_utils.ram())
 
     def _timed(self, pass_time: PassTime) -> None:
         """Say what the split costs now that it is known, and improve it where that pays."""

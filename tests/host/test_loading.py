@@ -1,7 +1,5 @@
 """Loading, accounting, unloading and patching on a real ComfyUI."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -311,9 +309,7 @@ def ram(bench, monkeypatch):
     """Sets how much RAM there is, in bytes: `ram(available, total)`."""
 
     def ram(available, total):
-        memory = SimpleNamespace(available=available, total=total)
-        psutil = SimpleNamespace(virtual_memory=lambda: memory)
-        monkeypatch.setattr(bench.module("distorch2_patch"), "psutil", psutil)
+        monkeypatch.setattr(bench.module("device_utils"), "ram", lambda: (available, total))
 
     return ram
 

@@ -181,3 +181,36 @@ def test_the_cpu():
     assert device_utils.stream_module(torch.device("cpu")) is None
     device_utils.synchronize(torch.device("cpu"))
     device_utils.trim_host_heap()
+
+
+@pytest.fixture
+def machine(monkeypatch, tmp_path):
+    """64 GiB of RAM, half of it available, and no container."""
+    memory = SimpleNamespace(available=32 << 30, total=64 << 30)
+    monkeypatch.setattr(device_utils.psutil, "virtual_memory", lambda: memory)
+    monkeypatch.setattr(device_utils, "CGROUP", tmp_path)
+    return tmp_path
+
+
+def write_cgroup(folder, version, limit):
+    names = device_utils.CGROUP_FILES[version]
+    texts = (f"{limit}\n", f"{10 << 30}\n", f"anon 5\ninactive_file {2 << 30}\n")
+    for name, text in zip(names, texts, strict=True):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text, encoding="ascii")
+
+
+def test_ram_is_the_machines_outside_of_a_container(machine):
+    assert device_utils.ram() == (32 << 30, 64 << 30)
+    write_cgroup(machine, 0, "max")
+    assert device_utils.ram() == (32 << 30, 64 << 30)
+    write_cgroup(machine, 1, (1 << 63) - 4096)  # what version 1 has for none
+    assert device_utils.ram() == (32 << 30, 64 << 30)
+
+
+@pytest.mark.parametrize("version", [0, 1])
+def test_ram_is_what_its_limit_leaves_inside(machine, version):
+    write_cgroup(machine, version, 16 << 30)
+    assert device_utils.ram() == (8 << 30, 16 << 30)
+    write_cgroup(machine, version, 8 << 30)
+    assert device_utils.ram() == (0, 8 << 30)
