@@ -2,11 +2,11 @@
 #   MULTIGPU_DIR=<checkout>  adds real ComfyUI-MultiGPU to the double that stands in for it
 #   GGUF_DIR=<checkout>      takes real ComfyUI-GGUF instead of its double
 #   TORCH=<requirement>      another build of torch, with any options of pip
-#   JOBS=<number>            how many test runs go side by side
+#   JOBS=<number>            how many test runs go side by side, each of about 1 GiB
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
-JOBS ?= 2
+JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n > 4 ? 4 : n)))
 COMFYUI ?= 0.30.0 0.16.3
 SMOKE ?= 0.27.0 0.24.0 0.20.1 0.18.2
 CONTRACTS ?= 2.5.0 2.5.5
@@ -50,13 +50,14 @@ $(COMFYUI:%=server-%): server-%: $(READY)
 
 $(SMOKE:%=smoke-%): smoke-%: $(READY)
 	$(EACH_MULTIGPU) \
-		$(PYTEST) tests/host/test_split_and_run.py -k bit_equal --comfyui $* \
-			--multigpu "$$multigpu"; \
+		$(PYTEST) tests/host/test_split_and_run.py -k "bit_equal and (bytes or accelerators)" \
+			--comfyui $* --multigpu "$$multigpu"; \
 	done
 
 # What older versions of MultiGPU leave for the plugin.
 $(CONTRACTS:%=contract-%): contract-%: $(READY)
-	$(PYTEST) tests/host/test_split_and_run.py -k bit_equal --comfyui 0.18.2 --multigpu double:$*
+	$(PYTEST) tests/host/test_split_and_run.py -k "bit_equal and (bytes or accelerators or virtual)" \
+		--comfyui 0.18.2 --multigpu double:$*
 
 peers: $(READY)
 	$(PY) bench/run.py --simulated --no-grid --limit 1.05 --out .cache/bench

@@ -28,7 +28,7 @@ from block_swap import swap_executor
 BLOCKS, SHAPE = 8, Shape(1024, 4096)
 LENGTH = Length("short", 1, 8, 8)
 SHARES = {"resident": 0.0, "half swapped": 0.5, "all swapped": 1.0}
-ROUNDS, ALONE = 15, 200
+ROUNDS, ALONE = 10, 200
 
 # Two names of one device: a block whose home is the other is as good as swapped.
 COMPUTE, DONOR = torch.device("cpu", 0), torch.device("cpu")
