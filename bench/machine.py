@@ -183,7 +183,7 @@ class Simulated(Machine):
 def _start_dynamic_vram(device: torch.device) -> str | None:
     """Let comfy-aimdo take hold of the device; why DynamicVRAM cannot run, if so."""
     if early.AIMDO is None:
-        return "not at hand: comfy-aimdo is not installed, or does not know this machine"
+        return f"not at hand: {early.WHY_NOT}"
     try:
         if early.AIMDO.init_devices([device.index]):
             return None

@@ -6,7 +6,6 @@ measured in the rounds of that point. A way is loaded once per round and point a
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import statistics
@@ -174,8 +173,10 @@ class Suite:
             message = (str(error).splitlines() or [""])[0]
             self.results.failed.append(f"{what}: {type(error).__name__}: {message}")
             self._say(self.results.failed[-1])
-            with contextlib.suppress(Exception):
+            try:
                 way.unload()
+            except Exception as second:
+                self.results.failed.append(f"{what}, unloading: {second!r}")
             error.__traceback__ = None  # it holds the model
             self.machine.clear()
 

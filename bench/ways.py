@@ -11,6 +11,7 @@ import importlib.util
 import logging
 import os
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -55,7 +56,7 @@ class Point:
         return self.split.sizes.total_bytes - self.swapped_bytes
 
 
-class Way:
+class Way(ABC):
     """One way. ``load`` and ``unload`` alternate; a way is loaded with one model at a time."""
 
     name = ""
@@ -78,11 +79,11 @@ class Way:
             return "swaps all blocks or none"
         return None if point.swapped else "nothing to swap"
 
+    @abstractmethod
     def load(self, model: torch.nn.Module, point: Point) -> Pass:
         """Make ``model`` ready; returns what runs one forward pass."""
-        raise NotImplementedError
 
-    def unload(self) -> None:
+    def unload(self) -> None:  # noqa: B027  some ways have nothing to let go of
         """Let go of everything that ``load`` made."""
 
     def remark(self) -> str | None:
