@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from .allocation_parser import GIB, MIB, Allocation, Entry, Mode, Split, plan_split
+from .allocation_parser import GIB, MIB, Allocation, Entry, Mode
+from .split import Split
+from .split_planner import plan_split
 
 # Passes until the schedule repeats; the order of copies goes on from one pass to the next.
 WARM_UP = 4

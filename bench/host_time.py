@@ -23,7 +23,7 @@ from machine import ROOT, VERSION, comfy_host, import_comfy
 from model import Length, Shape, Weights, inputs
 from ways import packs_of
 
-from block_swap import swap_executor
+from block_swap import donor_link, swap_executor
 
 BLOCKS, SHAPE = 8, Shape(1024, 4096)
 LENGTH = Length("short", 1, 8, 8)
@@ -85,7 +85,7 @@ def main() -> int:
     with torch.inference_mode():
         models = {"unpatched": (weights.model().float(), lambda: None)}
         models |= {name: driven(weights, share) for name, share in SHARES.items()}
-        with mock.patch.object(swap_executor._Link, "_queue", lambda *_: None):
+        with mock.patch.object(donor_link.Link, "_queue", lambda *_: None):
             rounds = [
                 {
                     name: seconds_of(lambda m=model: m(*arguments))

@@ -24,8 +24,9 @@ import torch
 from ways import split_with
 
 import conftest  # noqa: F401  makes block_swap importable
-from block_swap.allocation_parser import Block, ModelSizes, Split
-from block_swap.swap_executor import BlockSwap, Pack
+from block_swap.packed_weights import Pack
+from block_swap.split import Block, ModelSizes, Split
+from block_swap.swap_executor import BlockSwap
 from rig import simulator
 
 COMPUTE = "acc:0"

@@ -22,8 +22,11 @@ import torch
 from machine import Machine
 from model import import_package
 
-from block_swap.allocation_parser import Block, ModelSizes, Split, parse_allocation, plan_split
-from block_swap.swap_executor import BlockSwap, Pack
+from block_swap.allocation_parser import parse_allocation
+from block_swap.packed_weights import Pack
+from block_swap.split import Block, ModelSizes, Split
+from block_swap.split_planner import plan_split
+from block_swap.swap_executor import BlockSwap
 from rig import comfy_host
 
 Pass = Callable[..., torch.Tensor]

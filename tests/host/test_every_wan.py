@@ -103,7 +103,7 @@ class Subject:
 
     def assert_at_home(self):
         """Nothing of the pass is left, and every block lies where the split says."""
-        plugin = self.bench.module("distorch2_patch")
+        plugin = self.bench.module("model_blocks")
         lists = plugin.block_lists(self.model)
         assert not set(lists) & set(vars(self.model))
         homes = dict(zip((p.name for p in self.state.split.sizes.parts), self.homes, strict=True))
@@ -747,7 +747,7 @@ def test_without_blocks_multigpus_own_path_is_taken(bench, make_list):
     bench.clear()
     # Not bytes on the CPU: MultiGPU rounds them to parts of all RAM, which is nothing here.
     subject = make("acc:0,40%;acc:1,60%").load()
-    plugin = bench.module("distorch2_patch")
+    plugin = bench.module("model_patcher_patch")
     assert not plugin.is_swapped_here(subject.patcher)
     assert not hasattr(subject.inner, plugin.STATE)
     # MultiGPU has placed single layers.

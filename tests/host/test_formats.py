@@ -229,7 +229,7 @@ def test_weights_in_a_slot_are_contiguous_and_aligned(bench, kind):
                 seen.add((index, name))
 
     model = bench.loaded().model.diffusion_model
-    parts = [*model.blocks, *bench.module("distorch2_patch").embeddings(model).values()]
+    parts = [*model.blocks, *bench.module("model_blocks").embeddings(model).values()]
     swapped = bench.state().split.swapped
     hooks = [
         parts[index].register_forward_pre_hook(lambda part, _, index=index: look(index, part))

@@ -185,12 +185,13 @@ def test_planning_anew_changes_slots_alone_and_never_exceeds_either_split(bench,
     ledger.reset_peak()
     patcher = bench.loaded()
     patcher.model._distorch_v2_meta = {"full_allocation": "acc:0,14mb;cpu,*#acc:0"}
-    bench.module("distorch2_patch").follow_allocation(patcher)
+    bench.module("model_patcher_patch").follow_allocation(patcher)
     bench.mm.load_models_gpu([patcher])
     assert ledger.peak[COMPUTE] - before <= bench.state().split.compute_bytes + 20_000
 
 
-def test_virtual_vram_inputs_are_stored_as_multigpu_stores_them(bench, management, retention):
+def test_virtual_vram_inputs_are_stored_as_multigpu_stores_them(bench, retention):
+    stored_allocations = bench.module("retention").stored_allocations
     for inputs in (
         {"text": SPLIT, "virtual_vram": 0.0},
         {"text": "", "virtual_vram": 0.005},
@@ -199,7 +200,7 @@ def test_virtual_vram_inputs_are_stored_as_multigpu_stores_them(bench, managemen
         loader = bench.distorch(**inputs)
         patcher = bench.load(loader)
         stored = patcher.model._distorch_v2_meta["full_allocation"]
-        assert management.stored_allocations(loader["inputs"]) == {0: stored}
+        assert stored_allocations(loader["inputs"]) == {0: stored}
 
 
 def test_a_switch_turned_off_hands_the_model_back_and_lets_it_go(bench, retention, reads):

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from block_swap.swap_executor import BlockSwap, Pack
+from block_swap.packed_weights import Pack
+from block_swap.swap_executor import BlockSwap
 from rig import simulator
 
 LAYERS = 6

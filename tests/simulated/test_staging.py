@@ -7,7 +7,8 @@ import weakref
 import pytest
 import torch
 
-from block_swap import device_utils, swap_executor
+from block_swap import device_utils, donor_link
+from block_swap.packed_weights import Pack
 from rig import simulator
 from toy import COMPUTE, Model, at_home, swap_of
 
@@ -26,7 +27,7 @@ def page_locking(monkeypatch):
         return buffer
 
     monkeypatch.setattr(device_utils, "page_locked", page_locked)
-    monkeypatch.setattr(swap_executor, "CHUNK_BYTES", 1 << 10)
+    monkeypatch.setattr(donor_link, "CHUNK_BYTES", 1 << 10)
     simulator.page_locking.enforced = True
     yield rings
     gc.collect()
@@ -60,9 +61,9 @@ def test_the_result_is_that_of_the_unswapped_model(page_locking, inference):
     assert at_home(swap, model)
     assert swap.count_staged() == 8
     (ring,) = page_locking
-    assert ring.nbytes == swap_executor.RING_CHUNKS * swap_executor.CHUNK_BYTES
+    assert ring.nbytes == donor_link.RING_CHUNKS * donor_link.CHUNK_BYTES
     # A block is more than a chunk, so that the ring has gone round many times.
-    assert swap._packs[0].nbytes > 4 * swap_executor.CHUNK_BYTES
+    assert swap._packs[0].nbytes > 4 * donor_link.CHUNK_BYTES
 
 
 def step(model, x):
@@ -96,7 +97,7 @@ class Slow(torch.nn.Module):
 
 def slow_model():
     model = Model()
-    seconds = swap_executor.Pack.layout(model.blocks[0].modules()).nbytes / BANDWIDTH
+    seconds = Pack.layout(model.blocks[0].modules()).nbytes / BANDWIDTH
     model.blocks = torch.nn.ModuleList(Slow(block, seconds) for block in model.blocks)
     return model, seconds
 
@@ -161,7 +162,7 @@ def test_an_error_in_the_worker_fails_the_pass_and_not_the_next(monkeypatch):
     model = Model()
     swap = swap_of(model, ["cpu"] * 8)
     assert torch.equal(model(x).cpu(), expected)
-    copy, calls = swap_executor._Ring.copy, []
+    copy, calls = donor_link.Ring.copy, []
 
     def fails_once(*args):
         calls.append(1)
@@ -169,7 +170,7 @@ def test_an_error_in_the_worker_fails_the_pass_and_not_the_next(monkeypatch):
             raise MemoryError("the ring is gone")
         copy(*args)
 
-    monkeypatch.setattr(swap_executor._Ring, "copy", fails_once)
+    monkeypatch.setattr(donor_link.Ring, "copy", fails_once)
     with pytest.raises(MemoryError):
         model(x)
     assert at_home(swap, model)
@@ -199,7 +200,7 @@ def test_a_model_that_dies_while_it_is_staged_is_not_waited_for_by_itself(monkey
     swap = swap_of(model, ["cpu"] * 8)
     model(x)
     release, started = threading.Event(), threading.Event()
-    copy = swap_executor._Ring.copy
+    copy = donor_link.Ring.copy
 
     def slow(*args):
         started.set()
@@ -207,7 +208,7 @@ def test_a_model_that_dies_while_it_is_staged_is_not_waited_for_by_itself(monkey
         copy(*args)
 
     swap.settle()
-    monkeypatch.setattr(swap_executor._Ring, "copy", slow)
+    monkeypatch.setattr(donor_link.Ring, "copy", slow)
     swap._prefetch()
     dead = weakref.ref(swap)
     assert started.wait(10)

@@ -8,7 +8,7 @@ import psutil
 import pytest
 import torch
 
-from block_swap import swap_executor
+from block_swap import pass_timing
 from rig import simulator
 from toy import COMPUTE, Model, at_home, swap_of
 
@@ -392,7 +392,7 @@ def test_a_backend_that_cannot_time_is_not_timed(monkeypatch, caplog):
 
 def test_copies_that_are_queued_meanwhile_do_not_count(monkeypatch):
     """A worker may still be staging what comes next when the timed pass has ended."""
-    timer = swap_executor._PassTimer(COMPUTE)
+    timer = pass_timing.PassTimer(COMPUTE)
     stream = torch.acc.Stream(0)
     with timer.copy(torch.device("cpu"), 1, stream):
         pass

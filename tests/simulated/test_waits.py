@@ -5,7 +5,7 @@ import gc
 import pytest
 import torch
 
-from block_swap import swap_executor
+from block_swap import donor_link, packed_weights, swap_executor
 from rig import simulator
 from toy import COMPUTE, Model, swap_of
 
@@ -45,7 +45,7 @@ def without_wait_for(event_name):
     """Copy streams no longer wait for this event of a slot; the compute stream still does."""
 
     def mutate(monkeypatch):
-        copy = swap_executor._Link.copy
+        copy = donor_link.Link.copy
 
         def mutated(link, pack, target, slot, *rest):
             event = getattr(slot, event_name)
@@ -55,7 +55,7 @@ def without_wait_for(event_name):
             finally:
                 setattr(slot, event_name, event)
 
-        monkeypatch.setattr(swap_executor._Link, "copy", mutated)
+        monkeypatch.setattr(donor_link.Link, "copy", mutated)
         wait_event = simulator.Stream.wait_event
 
         def mutated_wait(stream, event):
@@ -76,30 +76,28 @@ class _Unawaited:
 
 
 def without_a_record_of_allocation(monkeypatch):
-    init = swap_executor._Slot.__init__
+    init = donor_link.Slot.__init__
 
     def mutated(slot, *args):
-        record = swap_executor._Slot.record_release
-        swap_executor._Slot.record_release = nothing
+        record = donor_link.Slot.record_release
+        donor_link.Slot.record_release = nothing
         try:
             init(slot, *args)
         finally:
-            swap_executor._Slot.record_release = record
+            donor_link.Slot.record_release = record
 
-    monkeypatch.setattr(swap_executor._Slot, "__init__", mutated)
+    monkeypatch.setattr(donor_link.Slot, "__init__", mutated)
 
 
 MUTATIONS = {
-    "computation awaits the copy": lambda m: m.setattr(
-        swap_executor._Slot, "await_arrival", nothing
-    ),
+    "computation awaits the copy": lambda m: m.setattr(donor_link.Slot, "await_arrival", nothing),
     "a copy awaits the slot's last computation": without_wait_for("released"),
     "a copy awaits an earlier copy into the slot": without_wait_for("arrived"),
-    "release is recorded": lambda m: m.setattr(swap_executor._Slot, "record_release", nothing),
+    "release is recorded": lambda m: m.setattr(donor_link.Slot, "record_release", nothing),
     "a first copy awaits the slot's allocation": without_a_record_of_allocation,
-    "copies end before slots and homes go": lambda m: m.setattr(swap_executor, "_drain", nothing),
+    "copies end before slots and homes go": lambda m: m.setattr(swap_executor, "drain", nothing),
     "a move ends before other streams use it": lambda m: m.setattr(
-        swap_executor, "synchronize", nothing
+        packed_weights, "synchronize", nothing
     ),
 }
 

@@ -2,7 +2,8 @@
 
 import torch
 
-from block_swap.swap_executor import BlockSwap, Pack
+from block_swap.packed_weights import Pack
+from block_swap.swap_executor import BlockSwap
 from rig import simulator
 
 COMPUTE = torch.device("acc:0")

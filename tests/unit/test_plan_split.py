@@ -6,15 +6,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from block_swap.allocation_parser import (
-    AllocationError,
-    Block,
-    Mode,
-    ModelSizes,
-    parse_allocation,
-    plan_split,
-    spread,
-)
+from block_swap.allocation_parser import AllocationError, Mode, parse_allocation
+from block_swap.split import Block, ModelSizes
+from block_swap.split_planner import plan_split, spread
 
 MIB = 1 << 20
 DEVICES = ("cpu", "acc:0", "acc:1", "acc:2")

@@ -4,7 +4,9 @@ from dataclasses import replace
 
 import pytest
 
-from block_swap.allocation_parser import Block, ModelSizes, parse_allocation, plan_split
+from block_swap.allocation_parser import parse_allocation
+from block_swap.split import Block, ModelSizes
+from block_swap.split_planner import plan_split
 from block_swap.step_time import Timing, as_amount, cheapest_quota, improve, predict, report
 
 NBYTES = 1000

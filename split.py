@@ -1,0 +1,156 @@
+"""What planning knows of a model, and what it decides: sizes, and the immutable split. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .allocation_parser import GIB, MIB, Allocation, Quota
+
+
+@dataclass(frozen=True)
+class Block:
+    """One transformer block of a model, or an embedding: its name and its packed size in bytes."""
+
+    name: str
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """What planning needs to know of a model.
+
+    ``blocks`` are in execution order; ``non_block_bytes`` always stay on the compute device;
+    ``min_slots`` is how many blocks the model's forward may hold at once. ``embeddings`` run once
+    before the blocks and are swapped like them where the quota has no room for them.
+    """
+
+    blocks: tuple[Block, ...]
+    non_block_bytes: int
+    min_slots: int = 1
+    embeddings: tuple[Block, ...] = ()
+
+    @property
+    def parts(self) -> tuple[Block, ...]:
+        """All that has a home of its own: the blocks, then the embeddings."""
+        return self.blocks + self.embeddings
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all weights."""
+        return self.non_block_bytes + sum(part.nbytes for part in self.parts)
+
+
+@dataclass(frozen=True)
+class Split:
+    """Where every block of a model lives: the immutable result of planning.
+
+    ``homes[i]`` is the device of ``sizes.parts[i]``, a block or an embedding, which is resident
+    where that is the compute device, swapped otherwise. ``quotas`` are in the order written.
+    """
+
+    allocation: Allocation
+    sizes: ModelSizes
+    quotas: tuple[Quota, ...]
+    homes: tuple[str, ...]
+    slots: int
+    notes: tuple[str, ...] = ()
+
+    @property
+    def compute_device(self) -> str:
+        """Where every block runs."""
+        return self.allocation.compute_device
+
+    @property
+    def swapped(self) -> tuple[int, ...]:
+        """Indices of the parts whose home is a donor."""
+        return tuple(i for i, home in enumerate(self.homes) if home != self.compute_device)
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of one slot: the largest swapped part."""
+        return max((self.sizes.parts[i].nbytes for i in self.swapped), default=0)
+
+    @property
+    def bytes_per_pass(self) -> int:
+        """Bytes that one forward pass copies to the compute device, once the slots are warm."""
+        if len(self.swapped) <= self.slots:
+            return 0
+        return sum(self.sizes.parts[i].nbytes for i in self.swapped)
+
+    @property
+    def compute_bytes(self) -> int:
+        """Bytes on the compute device while the model runs: non-block, resident, slots."""
+        return self.bytes_on(self.compute_device)
+
+    def bytes_on(self, device: str) -> int:
+        """Bytes of weights on ``device`` while the model runs."""
+        placed = sum(
+            part.nbytes
+            for part, home in zip(self.sizes.parts, self.homes, strict=True)
+            if home == device
+        )
+        if device == self.compute_device:
+            placed += self.sizes.non_block_bytes + self.slots * self.slot_bytes
+        return placed
+
+    def devices(self) -> tuple[str, ...]:
+        """Every device of the split, the compute device first, donors in the order written."""
+        donors = (quota.device for quota in self.quotas if quota.device != self.compute_device)
+        return (self.compute_device, *donors)
+
+    def table(self) -> str:
+        """The split as the text that is printed once per load."""
+        quotas = {quota.device: quota for quota in self.quotas}
+        row = "  {:<10} {:<8} {:>11} {:>7} {:>11}".format
+        lines = [
+            f"Block swap of {self.allocation.source}",
+            row("device", "role", "quota", "blocks", "placed"),
+        ]
+        for device in self.devices():
+            lines.append(
+                row(
+                    device,
+                    "compute" if device == self.compute_device else "donor",
+                    _quota_text(quotas.get(device)),
+                    self._blocks_on(device),
+                    format_bytes(self.bytes_on(device)),
+                )
+            )
+        resident = [
+            part.nbytes
+            for part, home in zip(self.sizes.embeddings, self._embedding_homes(), strict=True)
+            if home == self.compute_device
+        ]
+        non_block = self.sizes.non_block_bytes + sum(resident)
+        lines.append(
+            f"  {self.compute_device}: {format_bytes(non_block)} of non-block weights, "
+            f"{self._blocks_on(self.compute_device)} resident blocks and {self.slots} slots of "
+            f"{format_bytes(self.slot_bytes)}"
+        )
+        for part, home in zip(self.sizes.embeddings, self._embedding_homes(), strict=True):
+            if home != self.compute_device:
+                lines.append(f"  {part.name}: {format_bytes(part.nbytes)}, swapped from {home}")
+        lines.append(
+            f"  each forward pass moves {format_bytes(self.bytes_per_pass)} to "
+            f"{self.compute_device}"
+        )
+        return "\n".join([*lines, *(f"  {note}" for note in self.notes)])
+
+    def _blocks_on(self, device: str) -> int:
+        return self.homes[: len(self.sizes.blocks)].count(device)
+
+    def _embedding_homes(self) -> tuple[str, ...]:
+        return self.homes[len(self.sizes.blocks) :]
+
+
+def format_bytes(nbytes: int) -> str:
+    """``nbytes`` with two decimals in GiB, or in MiB below one GiB."""
+    return f"{nbytes / GIB:.2f} GiB" if nbytes >= GIB else f"{nbytes / MIB:.2f} MiB"
+
+
+def _quota_text(quota: Quota | None) -> str:
+    if quota is None:
+        return "none given"
+    if quota.nbytes is None:
+        return "the rest"
+    return format_bytes(quota.nbytes) + (" +" if quota.wildcard else "")

@@ -1,0 +1,270 @@
+"""A loaded model: its packs, its split, and the swap that runs it."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from . import device_utils, step_time
+from .allocation_parser import CPU, Allocation
+from .model_blocks import block_lists, embeddings, in_execution_order, modules_beside, tensors_of
+from .packed_weights import Pack
+from .pass_timing import PassTime
+from .split import Block, ModelSizes, Split, format_bytes
+from .split_planner import plan_split
+from .swap_executor import BlockSwap
+
+logger = logging.getLogger("MultiGPU")
+
+# Resident blocks keep homes in RAM while this share of all RAM stays available; not so on devices
+# whose memory is RAM.
+AVAILABLE_RAM = 0.2
+
+SHARE_RAM = (CPU, "mps")
+
+
+def has_room_for_homes(nbytes: int, available: int, total: int) -> bool:
+    """Whether RAM has room for ``nbytes`` of homes; ``available`` and ``total`` RAM in bytes."""
+    return available - nbytes >= AVAILABLE_RAM * total
+
+
+class SwappedModel:
+    """The weights of one Wan model, packed, and the swap that runs it.
+
+    Lives on the inner model and holds no reference back to it, so that a model which ComfyUI lets
+    go is freed at once.
+    """
+
+    def __init__(self, model: torch.nn.Module, allocation: Allocation):
+        diffusion_model = model.diffusion_model
+        lists = block_lists(diffusion_model)
+        blocks = in_execution_order(lists)
+        leading = embeddings(diffusion_model)
+        parts = [*(block for _, _, block in blocks), *leading.values()]
+        in_parts = {id(module) for part in parts for module in part.modules()}
+        rest = [module for module in diffusion_model.modules() if id(module) not in in_parts]
+        self.packs = [Pack.layout(part.modules()) for part in parts]
+        self.non_block = Pack.layout(rest)
+        # What the inner model holds beside the diffusion model (sigmas) moves along, unpacked:
+        # ComfyUI replaces these modules and buffers at will.
+        beside = sum(t.nbytes for module in modules_beside(model) for t in tensors_of(module))
+        self.sizes = ModelSizes(
+            blocks=tuple(
+                Block(f"{name}.{position}", pack.nbytes)
+                for (name, position, _), pack in zip(blocks, self.packs, strict=False)
+            ),
+            embeddings=tuple(
+                Block(name, pack.nbytes)
+                for name, pack in zip(leading, self.packs[len(blocks) :], strict=True)
+            ),
+            non_block_bytes=self.non_block.nbytes + beside,
+            min_slots=len(lists),
+        )
+        indices = {
+            name: [i for i, (other, _, _) in enumerate(blocks) if other == name] for name in lists
+        }
+        self.split = self._plan(allocation)
+        compute = device_utils.torch_device(self.split.compute_device)
+        first = len(blocks)
+        self.swap = BlockSwap(
+            compute, self.packs, indices, {name: first + i for i, name in enumerate(leading)}
+        )
+        self._placed: Split | None = None
+        self.timing: step_time.Timing | None = None
+        self._diffusion_model = weakref.ref(diffusion_model)
+        self._undrive: Callable[[], None] | None = None
+        self._foreign_bytes = 0
+
+    def _plan(self, allocation: Allocation) -> Split:
+        memory = {
+            entry.device: device_utils.total_memory(entry.device) for entry in allocation.entries
+        }
+        return plan_split(allocation, self.sizes, memory)
+
+    def follow(self, allocation: Allocation) -> None:
+        """Plan anew if the allocation is another; the next load moves what has to move."""
+        if allocation != self.split.allocation:
+            self.split = self._plan(allocation)
+            if self.timing is not None:
+                self.split = step_time.improve(self.split, self.timing)
+
+    @property
+    def loaded(self) -> bool:
+        """Whether the model is placed by a split, and driven."""
+        return self._placed is not None
+
+    def all_packs(self) -> list[Pack]:
+        """The packs of the blocks and embeddings, and that of the other non-block weights."""
+        return [*self.packs, self.non_block]
+
+    @contextmanager
+    def undriven(self) -> Iterator[None]:
+        """Inside, the diffusion model has its own methods: ComfyUI swaps them by object patches."""
+        self._stop_driving()
+        try:
+            yield
+        finally:
+            if self.loaded:
+                self._start_driving()
+
+    def _start_driving(self) -> None:
+        if self._undrive is None:
+            self._undrive = self.swap.drive(self._diffusion_model())
+
+    def _stop_driving(self) -> None:
+        if self._undrive is not None:
+            self._undrive()
+            self._undrive = None
+
+    def absorb(self) -> None:
+        """Take over the weights that ComfyUI has hung on the modules."""
+        self._foreign_bytes = sum(pack.absorb() for pack in self.all_packs())
+
+    def compute_bytes(self) -> int:
+        """Bytes of weights on the compute device now."""
+        here = self.swap.compute_device
+        placed = sum(p.nbytes for p in self.all_packs() if p.device == here)
+        beside = self.split.sizes.non_block_bytes - self.non_block.nbytes if self.loaded else 0
+        return placed + beside + self._foreign_bytes + self.swap.slot_bytes
+
+    def load(self, model: torch.nn.Module, pin, unpin) -> None:
+        """Put every block where the split wants it, straight, one at a time, and print the split.
+
+        Where everything is in place already, nothing is touched: what the slots hold stays good.
+        """
+        if self._placed is self.split and [pack.device for pack in self.packs] == self._homes():
+            return
+        for module in modules_beside(model):
+            module.to(self.swap.compute_device)
+        self._pin, self._unpin = pin, unpin
+        self._place()
+        timed = weakref.WeakMethod(self._timed)
+        self.swap.time_passes(lambda pass_time: timed()(pass_time))
+        logger.info("\n".join([self.split.table(), *self._remarks()]))
+        self._start_driving()
+
+    def _homes(self) -> list[torch.device]:
+        return [device_utils.torch_device(home) for home in self.split.homes]
+
+    def _place(self) -> None:
+        """Move what is not where the split wants it."""
+        compute = self.swap.compute_device
+        self.swap.drop_slots()
+        targets = [*zip(self.packs, self._homes(), strict=True), (self.non_block, compute)]
+        keep_homes = self._has_room_for_homes([p for p, home in targets if home == compute])
+        try:
+            # What leaves the compute device goes first: it never holds more than the split says.
+            for pack, home in sorted(targets, key=lambda target: target[1] == compute):
+                pack.place(home, keep_home=keep_homes and home == compute)
+                if home != compute:
+                    pack.lock(self._pin, self._unpin)
+            self._placed = self.split
+        finally:
+            # A split without slots needs some once ``give_back`` has taken resident blocks away.
+            self.swap.update(self.split.slots or 2)
+
+    def _has_room_for_homes(self, resident: list[Pack]) -> bool:
+        """Whether what is to be resident keeps homes in RAM."""
+        if self.swap.compute_device.type in SHARE_RAM:
+            return False
+        in_ram = torch.device(CPU)
+        added = sum(p.nbytes for p in resident if p.device != in_ram and not p.home_bytes)
+        return has_room_for_homes(added, *device_utils.ram())
+
+    def _timed(self, pass_time: PassTime) -> None:
+        """Say what the split costs now that it is known, and improve it where that pays."""
+        compute = pass_time.total - pass_time.waiting
+        if compute <= 0:
+            return
+        moved: dict[str, list[float]] = {}
+        for donor, nbytes, seconds in pass_time.copies:
+            sums = moved.setdefault(device_utils.name_of(donor), [0, 0.0])
+            sums[0] += nbytes
+            sums[1] += seconds
+        bandwidth = {donor: nbytes / s for donor, (nbytes, s) in moved.items() if s > 0}
+        known = {} if self.timing is None else self.timing.bandwidth
+        self.timing = step_time.Timing(compute, {**known, **bandwidth})
+        planned, before = self.split, [pack.device for pack in self.packs]
+        # What was given back to other models is not taken again before the next load.
+        if before == self._homes():
+            self.split = step_time.improve(planned, self.timing)
+        if self.split is not planned:
+            try:
+                self._place()
+                logger.info(self.split.table())
+            except RuntimeError as error:  # no memory for what should have fitted
+                logger.warning(f"[MultiGPU] block swap: the split stays as it was: {error}")
+                self.split = planned
+                self._place()
+                self.swap.time_passes(None)  # nor is that tried again before the next load
+        logger.info(f"[MultiGPU] block swap: {step_time.report(self.split, self.timing)}")
+
+    def _remarks(self) -> Iterator[str]:
+        """Lines for the table: what a pass will take, what there is in RAM, and how."""
+        if self.timing is not None:
+            yield f"  {step_time.report(self.split, self.timing)}"
+        elif self.split.bytes_per_pass:
+            yield step_time.transfer_line(self.split)
+        compute = self.swap.compute_device
+        swapped = [pack for pack in self.packs if pack.device == torch.device(CPU) != compute]
+        if swapped:
+            locked, staged = sum(pack.locked for pack in swapped), self.swap.count_staged()
+            yield (
+                f"  RAM: of {len(swapped)} homes {locked} are page-locked, {staged} staged through "
+                f"page-locked memory, {len(swapped) - locked - staged} pageable"
+            )
+        homes = sum(pack.home_bytes for pack in self.all_packs())
+        if homes:
+            yield f"  RAM: {format_bytes(homes)} of homes for what is resident: unloading is free"
+        elif compute.type not in SHARE_RAM:
+            yield (
+                f"  RAM: no homes for what is resident, {AVAILABLE_RAM:.0%} of all RAM is to stay "
+                f"available"
+            )
+
+    def forget_homes(self) -> None:
+        """Free the homes of what is resident: RAM is short, or they no longer hold what it does."""
+        for pack in self.all_packs():
+            pack.forget_home()
+
+    def give_back(self, nbytes: int, offload_device: torch.device) -> int:
+        """Free at least ``nbytes`` of the compute device if possible; returns the bytes freed.
+
+        The slots go first, then resident blocks move to ``offload_device`` one by one. The model
+        still runs, in slots allocated when it does, and the next load restores the split.
+        """
+        before = self.compute_bytes()
+        self.swap.drop_slots()
+        for pack in self.packs:
+            if before - self.compute_bytes() >= nbytes:
+                break
+            if pack.device == self.swap.compute_device:
+                pack.place(self._storage(offload_device))
+                pack.lock(self._pin, self._unpin)  # it travels now
+        self.swap.update(self.split.slots or 2)
+        return before - self.compute_bytes()
+
+    def unload(self, device: torch.device, donors_too: bool) -> torch.device:
+        """Take the weights off the compute device; nothing is swapped any more.
+
+        Blocks on other accelerators stay there unless ``donors_too``. Returns where the weights
+        went: ``device``, or the CPU if that is the compute device.
+        """
+        storage = self._storage(device)
+        self.swap.drop_slots()
+        for pack in self.all_packs():
+            if donors_too or pack.device in (None, self.swap.compute_device):
+                pack.place(storage)
+            if donors_too:
+                pack.unlock()
+        self._stop_driving()
+        self._placed = None
+        return storage
+
+    def _storage(self, device: torch.device) -> torch.device:
+        """Where to put what leaves the compute device, which --highvram names itself."""
+        return torch.device(CPU) if device == self.swap.compute_device else device
