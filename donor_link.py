@@ -1,14 +1,14 @@
 """The way from a donor to the compute device: links, the staging ring, and slots.
 
-A ``Link`` has a copy stream of its own and copies packs into slots; what lies in pageable host
-memory goes through a ``Ring`` of page-locked memory, filled by a worker thread. Order is kept by
-events only: ``Slot.arrived`` and ``Slot.released``.
+``Links`` copies packs into slots, a copy stream for each donor; what lies in pageable host memory
+goes through a ``Ring`` of page-locked memory, filled by a worker thread. Order is kept by events
+only: ``Slot.arrived`` and ``Slot.released``.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 
@@ -17,38 +17,74 @@ import torch
 from . import device_utils
 from .device_utils import stream_module
 from .packed_weights import Pack, ordinary_tensors
+from .page_locks import Need, PageLocks
 from .pass_timing import PassTimer
 
-# What pageable homes go through: at 25 GB/s a chunk is on the bus for less than a millisecond.
-CHUNK_BYTES = 1 << 24
+# What pageable homes go through. The worker needs the interpreter's lock some three times a chunk,
+# and may wait 5 ms (``sys.getswitchinterval``) for it each time that the sampler computes in
+# Python: few large chunks, and as many as keep a bus of 25 GB/s busy for two such waits.
+CHUNK_BYTES = 1 << 25
+RING_CHUNKS = 8
 
-RING_CHUNKS = 4
+
+def _nothing_reads_it() -> None:
+    """A ring is released by its ``Links``, after the copies through it are over."""
 
 
 class Ring:
-    """A small page-locked buffer that pageable homes pass through, chunk by chunk.
+    """A page-locked buffer that pageable homes pass through, chunk by chunk.
 
     A copy from pageable memory would block the host. Here a worker thread fills one chunk while
-    the chunks before it are on the bus, and only the worker waits.
+    the chunks before it are on the bus, and only the worker waits, asleep.
     """
 
-    def __init__(self, buffer: torch.Tensor):
-        self._chunks = [[chunk, None] for chunk in buffer.chunk(RING_CHUNKS)]
+    def __init__(self, buffer: torch.Tensor, device: torch.device, release: Callable[[], None]):
+        self._device = device
+        self._chunks = buffer.chunk(RING_CHUNKS)
+        self._left = [device_utils.blocking_event(device) for _ in self._chunks]
+        self._on_the_bus = [False] * len(self._chunks)
         self._next = 0
+        self._release = release
         self._worker = ThreadPoolExecutor(1, "block-swap")
         self._last: Future | None = None
 
     @classmethod
-    def make(cls) -> Ring | None:
-        """A ring, or ``None`` where this machine gives no page-locked memory."""
+    def make(cls, device: torch.device, locks: PageLocks | None) -> Ring | None:
+        """A ring for copies to ``device``, or ``None`` where there is no page-locked memory.
+
+        Its memory comes out of ``locks``, or from torch on devices whose memory the host does not
+        page-lock.
+        """
+        nbytes = CHUNK_BYTES * RING_CHUNKS
         with ordinary_tensors():
-            buffer = device_utils.page_locked(CHUNK_BYTES * RING_CHUNKS)
-            return None if buffer is None else cls(buffer)
+            if locks is not None:
+                if not locks.pinning.allowed:
+                    return None
+                buffer = torch.empty(nbytes, dtype=torch.uint8)
+                lock = locks.lock(buffer, Need.TRAVELS, _nothing_reads_it)
+                if lock is not None:
+                    return cls(buffer, device, lock.release)
+            buffer = device_utils.page_locked(nbytes)
+            return None if buffer is None else cls(buffer, device, lambda: None)
 
     def submit(self, copy: Callable[[], None], owner: object) -> Future:
         """Have the worker run ``copy``, after what was submitted before; ``owner`` lives on."""
-        self._last = self._worker.submit(lambda _: copy(), owner)
-        return self._last
+        queued = Future()
+
+        def work(_owner):
+            nonlocal queued
+            try:
+                with device_utils.on_device(self._device):
+                    copy()
+                queued.set_result(None)
+            except BaseException as error:
+                queued.set_exception(error)
+            finally:
+                queued = None  # the error's traceback holds this frame
+
+        # What the ring keeps knows of no error: that would hold the frames it went through.
+        result, self._last = queued, self._worker.submit(work, owner)
+        return result
 
     def finish(self) -> None:
         """Wait for all that was submitted.
@@ -59,21 +95,25 @@ class Ring:
         if self._last is not None:
             wait([self._last])
 
-    def copy(self, home: torch.Tensor, target: torch.Tensor, stream, new_event) -> None:
+    def release(self) -> None:
+        """Give the memory back; every copy through it is over."""
+        self._worker.shutdown(wait=False)
+        self._release()
+
+    def copy(self, home: torch.Tensor, target: torch.Tensor, stream) -> None:
         """Queue the copy of ``home`` to ``target`` on ``stream``, the current one."""
-        size = self._chunks[0][0].nbytes
+        size = self._chunks[0].nbytes
         for start in range(0, home.nbytes, size):
-            slice_ = home[start : start + size]
-            entry = self._chunks[self._next]
-            self._next = (self._next + 1) % len(self._chunks)
-            chunk, left = entry
-            if left is not None:
-                left.synchronize()
-            part = chunk[: slice_.nbytes]
-            part.copy_(slice_)
-            target[start : start + size].copy_(part, non_blocking=True)
-            entry[1] = new_event()
-            entry[1].record(stream)
+            part = home[start : start + size]
+            n = self._next
+            self._next = (n + 1) % len(self._chunks)
+            if self._on_the_bus[n]:
+                self._left[n].synchronize()
+            chunk = self._chunks[n][: part.nbytes]
+            chunk.copy_(part)
+            target[start : start + size].copy_(chunk, non_blocking=True)
+            self._left[n].record(stream)
+            self._on_the_bus[n] = True
 
 
 class Link:
@@ -84,7 +124,6 @@ class Link:
     """
 
     def __init__(self, donor: torch.device, compute: torch.device):
-        self._module = stream_module(compute)
         self._streams = []
         self._contexts = []
         for device in (donor, compute):
@@ -93,42 +132,15 @@ class Link:
                 self._streams.append(module.Stream(device=device))
                 self._contexts.append(module.stream)
 
-    @functools.cached_property
-    def _ring(self) -> Ring | None:
-        return Ring.make()
-
-    def is_staged(self, pack: Pack) -> bool:
-        """Whether ``pack`` goes through the ring: it is in host memory that is not page-locked."""
-        pageable = pack.device.type == "cpu" and not pack.locked and self._module is not None
-        return pageable and self._ring is not None
-
-    def copy(
-        self,
-        pack: Pack,
-        target: torch.Tensor,
-        slot: Slot,
-        timer: PassTimer | None,
-        owner: object,
-    ) -> None:
-        """Queue the copy of ``pack`` to ``target`` in ``slot``, after the slot's last reader.
-
-        ``owner`` outlives it, and with it the slot.
-        """
-        slot.await_queued()
-        if self.is_staged(pack):
-            copy = functools.partial(self._queue, pack.flat, target, slot, timer, self._ring)
-            slot.queued = self._ring.submit(copy, owner)
-        else:
-            self._queue(pack.flat, target, slot, timer)
-
-    def _queue(
+    def queue(
         self,
         home: torch.Tensor,
         target: torch.Tensor,
         slot: Slot,
         timer: PassTimer | None,
-        ring: Ring | None = None,
+        ring: Ring | None,
     ) -> None:
+        """Queue the copy of ``home`` to ``target`` in ``slot``, after the slot's last reader."""
         with ordinary_tensors(), ExitStack() as stack:
             for context, stream in zip(self._contexts, self._streams, strict=True):
                 stack.enter_context(context(stream))
@@ -144,16 +156,85 @@ class Link:
             if ring is None:
                 target.copy_(home, non_blocking=True)
             else:
-                ring.copy(home, target, arrival_stream, self._module.Event)
+                ring.copy(home, target, arrival_stream)
             slot.arrived.record(arrival_stream)
 
     def synchronize(self) -> None:
-        """Wait for every copy on its way; what failed in the worker has failed for its slot."""
-        ring = vars(self).get("_ring")
-        if ring is not None:
-            ring.finish()
+        """Wait for every copy on its way."""
         for stream in self._streams:
             stream.synchronize()
+
+
+class Links:
+    """The links from all donors to one compute device, and the ring that those from RAM share.
+
+    Holds neither packs nor slots: it outlives its swap until their last copy is over.
+    """
+
+    def __init__(self, compute: torch.device, locks: PageLocks | None = None):
+        self._compute = compute
+        self._locks = locks
+        self._links: dict[torch.device, Link] = {}
+        self._ring: Ring | None = None
+        self._refused = False
+
+    def reserve_ring(self) -> None:
+        """Have the ring's memory, before homes take what there is to page-lock."""
+        if self._ring is None and not self._refused and stream_module(self._compute) is not None:
+            self._ring = Ring.make(self._compute, self._locks)
+            self._refused = self._ring is None
+
+    def release_ring(self) -> None:
+        """Give the ring's memory back."""
+        if self._ring is not None:
+            self.synchronize()
+            self._ring.release()
+        self._ring, self._refused = None, False
+
+    def _ring_for(self, pack: Pack) -> Ring | None:
+        if pack.device.type != "cpu" or pack.locked:
+            return None
+        self.reserve_ring()
+        return self._ring
+
+    def is_staged(self, pack: Pack) -> bool:
+        """Whether ``pack`` goes through the ring: it is in host memory that is not page-locked."""
+        return self._ring_for(pack) is not None
+
+    def copy(
+        self,
+        pack: Pack,
+        target: torch.Tensor,
+        slot: Slot,
+        timer: PassTimer | None,
+        owner: object,
+    ) -> None:
+        """Queue the copy of ``pack`` to ``target`` in ``slot``, after the slot's last reader.
+
+        ``owner`` outlives it, and with it the slot.
+        """
+        slot.await_queued()
+        if pack.device not in self._links:
+            self._links[pack.device] = Link(pack.device, self._compute)
+        link, ring = self._links[pack.device], self._ring_for(pack)
+        queue = functools.partial(link.queue, pack.flat, target, slot, timer, ring)
+        if ring is None:
+            queue()
+        else:
+            slot.queued = ring.submit(queue, owner)
+
+    def synchronize(self) -> None:
+        """Wait for every copy on its way; what failed in the worker has failed for its slot."""
+        if self._ring is not None:
+            self._ring.finish()
+        for link in list(self._links.values()):
+            link.synchronize()
+
+    def close(self) -> None:
+        """Wait for every copy, and give back what the links have. They may be used again."""
+        self.synchronize()
+        self._links.clear()
+        self.release_ring()
 
 
 class Slot:
@@ -208,8 +289,3 @@ class Use:
     def __init__(self, pack: Pack, slot: Slot):
         self.pack = pack
         self.slot = slot
-
-
-def drain(links: Mapping[torch.device, Link]) -> None:
-    for link in links.values():
-        link.synchronize()

@@ -187,7 +187,7 @@ def _unload_all_models(join: MemoryJoin) -> Callable:
         if ejected:
             _forget_models(join, ejected)
             device_utils.empty_caches()
-            join.trim_due = True  # what ComfyUI forgets besides is freed in its own time
+            join.tidy_due = True  # what ComfyUI forgets besides is freed in its own time
 
     return unload_all_models
 
@@ -308,15 +308,16 @@ def _soft_empty_cache(join: MemoryJoin, host: Callable) -> Callable:
             logger.warning(f"[MultiGPU] RAM is above {RAM_THRESHOLD:.0f}%: node outputs are let go")
             join.free_ram()
             _forget_outputs(join)
-        active = any(is_distorch2(model) for _, model in _loaded(mm))
-        if active:
+        # ComfyUI calls this after every node: what takes long is done where something has gone.
+        tidy, join.tidy_due = join.tidy_due, False
+        if tidy:
             gc.collect()
+        if any(is_distorch2(model) for _, model in _loaded(mm)):
             device_utils.empty_caches()
         else:
             host(*args, **kwargs)
-        if active or join.trim_due:  # homes are large, and come and go with splits
+        if tidy:
             device_utils.trim_host_heap()
-            join.trim_due = False
         if (args and args[0]) or kwargs.get("force", False):
             _forget_outputs(join)
 
@@ -369,18 +370,23 @@ class MemoryJoin:
 
     def __init__(self) -> None:
         self._table = PatchTable()
-        self.retention = Retention()
+        self.retention = Retention(self.tidy_later)
         # What DisTorch2 loaders have made and somebody still holds, loaded or evicted.
         self.patchers: weakref.WeakSet = weakref.WeakSet()
         self.executor: Callable = lambda: None  # a weak reference, once a prompt has run
         self.watch = RamWatch()
-        self.trim_due = False  # models were ejected since the host's heap was trimmed
+        self.tidy_due = False  # models have gone since garbage was collected
+
+    def tidy_later(self) -> None:
+        """Models have gone: the next ``soft_empty_cache`` collects garbage and trims the heap."""
+        self.tidy_due = True
 
     def free_ram(self) -> None:
         """RAM is short: let go of what is retained, and of the homes of what is resident."""
         self.retention.let_go_all("RAM is short")
         for patcher in list(self.patchers):
             forget_homes(patcher)
+        self.tidy_later()
 
     def install(self, multigpu: ModuleType) -> None:
         """Patch the loader nodes of ``multigpu``, MultiGPU's package, and ComfyUI's management."""
@@ -394,6 +400,8 @@ class MemoryJoin:
             if hasattr(node, "IS_CHANGED"):
                 patches.append(Patch(node, "IS_CHANGED", _is_changed(self, node_class)))
             self._table.apply(patches)
+        if hasattr(multigpu, "get_current_device"):
+            self._table.apply([Patch(multigpu, "get_current_device", get_torch_device)])
         # MultiGPU's replacement clears all devices too, and fails where there is no server yet.
         module = sys.modules.get(mm.soft_empty_cache.__module__)
         host = getattr(module, "original_soft_empty_cache", mm.soft_empty_cache)

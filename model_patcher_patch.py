@@ -6,7 +6,9 @@ other model goes on to whatever ComfyUI and MultiGPU would have done with it.
 
 from __future__ import annotations
 
+import functools
 import logging
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from contextvars import ContextVar
@@ -17,7 +19,9 @@ from . import device_utils
 from .allocation_parser import Allocation, parse_allocation
 from .model_blocks import block_lists, is_wan, modules_beside
 from .packed_weights import copy_of
+from .page_locks import PageLocks, Pinning, lockable
 from .patch_table import Patch
+from .swap_executor import running_on
 from .swapped_model import SwappedModel
 
 logger = logging.getLogger("MultiGPU")
@@ -92,9 +96,37 @@ def _state(patcher) -> SwappedModel:
         state.unload(patcher.offload_device, donors_too=True)
         state = None
     if state is None:
-        state = SwappedModel(patcher.model, read_allocation(patcher))
+        state = SwappedModel(patcher.model, read_allocation(patcher), page_locks())
         setattr(patcher.model, STATE, state)
     return state
+
+
+@functools.cache
+def page_locks() -> PageLocks:
+    """Page-locking as ComfyUI does it, within a budget: from 0.24 on it keeps to none itself."""
+    import comfy.model_management as mm
+
+    def room() -> int:
+        if not hasattr(mm, "MAX_PINNED_MEMORY"):
+            return sys.maxsize
+        return int(mm.MAX_PINNED_MEMORY) - mm.TOTAL_PINNED_MEMORY
+
+    def make_room(nbytes: int) -> None:
+        if hasattr(mm, "ensure_pin_registerable"):
+            mm.ensure_pin_registerable(nbytes, evict_active=False)
+
+    def limit() -> int:
+        return lockable(device_utils.ram()[1], sys.platform == "win32")
+
+    allowed = not getattr(mm.args, "disable_pinned_memory", False)
+    pinning = Pinning(
+        pin=lambda tensor: mm.pin_memory(tensor),
+        unpin=lambda tensor: mm.unpin_memory(tensor),
+        room=room,
+        make_room=make_room,
+        allowed=allowed,
+    )
+    return PageLocks(pinning, limit)
 
 
 def partially_load(wrapped, patcher, args, kwargs):
@@ -117,11 +149,10 @@ def _say_if_blocks_are_missing(model) -> None:
 
 
 def _load(patcher, device_to, extra_memory=0, force_patch_weights=False, **_):
-    import comfy.model_management as mm
     from comfy.patcher_extension import CallbacksMP
 
     model, state = patcher.model, _state(patcher)
-    with patcher.use_ejected(skip_and_inject_on_exit_only=True):
+    with running_on(device_to), patcher.use_ejected(skip_and_inject_on_exit_only=True):
         before = model.model_loaded_weight_memory
         applied = model.current_weight_patches_uuid
         changed = applied is not None and (applied != patcher.patches_uuid or force_patch_weights)
@@ -129,7 +160,7 @@ def _load(patcher, device_to, extra_memory=0, force_patch_weights=False, **_):
         patcher.unpatch_model(None, unpatch_weights=changed)
         patcher.patch_model(load_weights=False)
         try:
-            state.load(model, mm.pin_memory, mm.unpin_memory)
+            state.load(model)
             if model.current_weight_patches_uuid is None:
                 patcher.unpatch_hooks()
                 with state.swap.writing_homes():
@@ -301,6 +332,22 @@ def model_memory_required(wrapped, loaded_model, args, kwargs):
     return max(0, state.split.compute_bytes - state.compute_bytes())
 
 
+def model_memory(wrapped, loaded_model, args, kwargs):
+    """What a load will take of RAM, and of what may be page-locked: homes are there already.
+
+    ComfyUI takes it for the whole model, at every run of a sampler, and on small RAM unpins text
+    encoder and VAE to make room.
+    """
+    state = getattr(loaded_model.model.model, STATE, None)
+    return wrapped(*args, **kwargs) if state is None else state.homeless_bytes()
+
+
+def model_mmap_residency(wrapped, loaded_model, args, kwargs):
+    """The same for ComfyUI 0.18 to 0.20, as (bytes in RAM, bytes in all) of what is to come."""
+    state = getattr(loaded_model.model.model, STATE, None)
+    return wrapped(*args, **kwargs) if state is None else (0, state.homeless_bytes())
+
+
 def _load_models_gpu(original):
     """MultiGPU's ``load_models_gpu`` computes with the whole model and evicts everything else.
 
@@ -321,9 +368,13 @@ def patches(host_load_models_gpu: Callable) -> list[Patch]:
 
     ``host_load_models_gpu`` is ComfyUI's own ``load_models_gpu``.
     """
+    import comfy.model_management as mm
+
     patcher, manager = "comfy.model_patcher", "comfy.model_management"
     loading = _load_models_gpu(host_load_models_gpu)
+    residency = Patch(manager, "LoadedModel.model_mmap_residency", model_mmap_residency)
     return [
+        *([residency] if hasattr(mm.LoadedModel, "model_mmap_residency") else []),
         Patch(patcher, "ModelPatcher.partially_load", partially_load),
         Patch(patcher, "ModelPatcher.unpatch_model", unpatch_model),
         Patch(patcher, "ModelPatcher.partially_unload", partially_unload),
@@ -333,6 +384,7 @@ def patches(host_load_models_gpu: Callable) -> list[Patch]:
         Patch(patcher, "ModelPatcher.patch_hooks", change_hooks),
         Patch(patcher, "ModelPatcher.unpatch_hooks", change_hooks),
         Patch(manager, "LoadedModel.model_memory_required", model_memory_required),
+        Patch(manager, "LoadedModel.model_memory", model_memory),
         Patch(manager, "free_memory", free_memory),
         Patch(manager, "load_models_gpu", loading),
     ]

@@ -15,6 +15,7 @@ import torch
 
 from . import device_utils
 from .device_utils import synchronize
+from .page_locks import Need, PageLock, PageLocks
 
 # Offsets in a pack: what CUDA's own allocations guarantee to kernels that load whole vectors.
 ALIGNMENT = 256
@@ -176,6 +177,7 @@ class Pack:
     def __init__(self, weights: Sequence[_Weight], nbytes: int):
         self._weights = tuple(weights)
         self._foreign: set[int] = set()  # weights that others hold in another shape, by index
+        self._lock: PageLock | None = None
         self._unlock: weakref.finalize | None = None
         self._home: _Buffer | None = None
         self.nbytes = nbytes
@@ -206,7 +208,7 @@ class Pack:
     @property
     def locked(self) -> bool:
         """Whether what there is of it in host memory is page-locked."""
-        return self._unlock is not None
+        return self._lock is not None and self._lock.held
 
     @property
     def home_bytes(self) -> int:
@@ -255,26 +257,33 @@ class Pack:
             self.unlock()
             self._home = None
 
-    def lock(
-        self,
-        pin: Callable[[torch.Tensor], bool],
-        unpin: Callable[[torch.Tensor], object],
-    ) -> bool:
-        """Page-lock the buffer in host memory with the host's ``pin``, until it is freed.
+    def lock(self, locks: PageLocks, need: Need, settle: Callable[[], None]) -> bool:
+        """Page-lock what there is of it in host memory, until it is freed or unlocked.
 
-        Returns whether it is page-locked; where ``pin`` refuses, copies are correct but slower.
+        Returns whether it is page-locked; where it is not, copies are correct but slower.
+        ``settle`` waits for the copies that may read it, without holding this pack.
         """
         in_ram = self.flat if self._home is None else self._home.flat
-        if self._unlock is None and in_ram.device.type == "cpu" and pin(in_ram):
-            self._unlock = weakref.finalize(self, unpin, in_ram)
-            self._unlock.atexit = False
+        if self.locked:
+            self._lock.need = need
+        elif in_ram.device.type == "cpu":
+            self.unlock()
+            self._lock = locks.lock(in_ram, need, settle)
+            if self._lock is not None:
+                self._unlock = weakref.finalize(self, self._lock.release)
+                self._unlock.atexit = False
         return self.locked
+
+    def need(self, need: Need) -> None:
+        """Say how much the page-lock is needed, where there is one."""
+        if self._lock is not None:
+            self._lock.need = need
 
     def unlock(self) -> None:
         """Undo ``lock``."""
         if self._unlock is not None:
             self._unlock()
-            self._unlock = None
+        self._lock = self._unlock = None
 
     def views_of(self, flat: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The tensors of the modules as views of ``flat``, a buffer of ``nbytes`` bytes or more."""

@@ -1,4 +1,4 @@
-"""Timing of a pass on the device: events around it, its waits and its copies."""
+"""Timing of a pass on the device: events around it, its blocks, its waits and its copies."""
 
 from __future__ import annotations
 
@@ -15,25 +15,43 @@ from .device_utils import stream_module
 class PassTime:
     """What a timed pass took, in seconds.
 
-    ``total`` from its first to its last computation, ``waiting`` of that for copies to arrive;
-    ``copies`` are the donors, bytes and seconds of the copies that were queued in it.
+    ``total`` is from its first to its last computation. Of that, the computation was ``waiting``
+    for copies to arrive, ``before`` is what it did before the first block, ``after`` what it did
+    behind the last one, neither with waiting; ``between`` is the time since the pass before.
+    ``copies`` are the donors, bytes and seconds of the copies that were queued in it, ``shape``
+    tells what passes take the same time.
     """
 
+    shape: object
     total: float
     waiting: float
+    before: float
+    after: float
+    between: float
     copies: tuple[tuple[torch.device, int, float], ...]
+
+    @property
+    def blocks(self) -> float:
+        """Seconds that the blocks computed."""
+        return self.total - self.waiting - self.before - self.after
 
 
 class PassTimer:
-    """Events around a pass, its waits and its copies; the host waits for none of them."""
+    """Events around a pass and what happens in it; the host waits for none of them.
 
-    def __init__(self, device: torch.device):
+    ``earlier`` is the mark that ended the pass before, if there was one.
+    """
+
+    def __init__(self, device: torch.device, shape: object = None, earlier=None):
         self._module = stream_module(device)
         self._device = device
+        self.shape = shape
         self._waits: list[tuple] = []
         self._copies: list[tuple] = []
+        self._earlier = earlier
         self._start = self._mark()
-        self._end = None
+        self._first_block = self._last_block = self._end = None
+        self._waits_before = 0
 
     def _mark(self, stream=None):
         event = self._module.Event(enable_timing=True)
@@ -46,6 +64,16 @@ class PassTimer:
         before = self._mark()
         yield
         self._waits.append((before, self._mark()))
+
+    def block_begins(self) -> None:
+        """The next block may compute; what it waited for has been waited for."""
+        if self._first_block is None:
+            self._first_block = self._mark()
+            self._waits_before = len(self._waits)
+
+    def block_ends(self) -> None:
+        """The computation of a block is queued."""
+        self._last_block = self._mark()
 
     @contextmanager
     def copy(self, donor: torch.device, nbytes: int, stream) -> Iterator[None]:
@@ -72,8 +100,14 @@ class PassTimer:
         def seconds(before, after) -> float:
             return before.elapsed_time(after) / 1000
 
+        waits = [seconds(*wait) for wait in self._waits]
+        first, last = self._first_block or self._end, self._last_block or self._end
         return PassTime(
-            seconds(self._start, self._end),
-            sum(seconds(*wait) for wait in self._waits),
-            tuple((donor, n, seconds(before, after)) for donor, n, before, after in copies),
+            shape=self.shape,
+            total=seconds(self._start, self._end),
+            waiting=sum(waits),
+            before=seconds(self._start, first) - sum(waits[: self._waits_before]),
+            after=seconds(last, self._end),
+            between=0.0 if self._earlier is None else seconds(self._earlier, self._start),
+            copies=tuple((donor, n, seconds(before, after)) for donor, n, before, after in copies),
         )

@@ -6,7 +6,7 @@ import logging
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,7 +80,8 @@ class Retention:
     the loader would give now; what was let go is then found again, as long as somebody holds it.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, on_let_go: Callable[[], None]) -> None:
+        self._on_let_go = on_let_go
         self._retained: dict[tuple, Retained] = {}
         self._let_go: dict[tuple, tuple[list[weakref.ref], list[FileState]]] = {}
         self._generations: Counter = Counter()
@@ -131,6 +132,7 @@ class Retention:
         mm = sys.modules["comfy.model_management"]
         retained = self._retained.pop(key)
         self.changed(key)
+        self._on_let_go()
         with suppress(TypeError):  # a checkpoint without a CLIP gives None for it
             references = [weakref.ref(output) for output in retained.outputs]
             self._let_go[key] = (references, retained.files)

@@ -28,14 +28,23 @@ ASSUMED_BANDWIDTH = 12e9
 
 @dataclass(frozen=True)
 class Timing:
-    """What a timed forward pass has shown.
+    """What a timed forward pass has shown, in seconds; waiting for copies is counted nowhere.
 
-    ``compute`` is the seconds of computation, waiting for copies not counted: what a pass takes
-    with everything resident. ``bandwidth`` is that of the link from each donor, in bytes a second.
+    ``compute`` is what the blocks take, ``before`` and ``after`` what the forward does before the
+    first and behind the last of them, ``between`` the pause until the next pass begins.
+    ``bandwidth`` is that of the link from each donor, in bytes a second.
     """
 
     compute: float
     bandwidth: Mapping[str, float]
+    before: float = 0.0
+    after: float = 0.0
+    between: float = 0.0
+
+    @property
+    def resident(self) -> float:
+        """Seconds of a pass with everything resident."""
+        return self.before + self.compute + self.after
 
     def transfer(self, donor: str, nbytes: int) -> float:
         """Seconds that ``nbytes`` from ``donor`` are under way."""
@@ -51,14 +60,15 @@ def transfer_line(split: Split) -> str:
 
 
 def predict(split: Split, timing: Timing) -> float:
-    """Seconds of a forward pass in the steady state.
+    """Seconds of a forward pass in the steady state, the pause between passes not counted.
 
-    Blocks compute for equal shares of ``timing.compute``, embeddings for no time. Copies of one
-    link queue up behind each other; each waits until its slot is free, each block for its copy.
+    Blocks compute for equal shares of ``timing.compute``, swapped embeddings for equal shares of
+    ``timing.before``. Copies of one link queue up behind each other; each waits until its slot is
+    free, each block for its copy.
     """
     blocks = len(split.sizes.blocks)
     if len(split.swapped) <= split.slots:
-        return timing.compute
+        return timing.resident
     share = timing.compute / blocks
     order = [*range(blocks, len(split.sizes.parts)), *range(blocks)]
     copies = {
@@ -69,20 +79,27 @@ def predict(split: Split, timing: Timing) -> float:
     # In the order in which they are taken. What the forward holds beside the block that its loop is
     # at keeps a slot each.
     slot_free = [0.0] * max(1, split.slots - split.sizes.min_slots + 1)
-    now, ends = 0.0, []
+    leading = [i for i in order if i >= blocks and i in copies]
+    shares = dict.fromkeys(leading, timing.before / max(1, len(leading)))
+    shares |= dict.fromkeys(range(blocks), share)
+    now, passes = 0.0, []
     for _ in range(WARM_UP + MEASURED):
+        start = now
+        if not leading:
+            now += timing.before
         for index in order:
             if index in copies:
                 home, seconds = copies[index]
                 arrival = max(link_free[home], slot_free.pop(0)) + seconds
                 link_free[home] = arrival
                 now = max(now, arrival)
-            if index < blocks:
-                now += share
+            now += shares.get(index, 0.0)
             if index in copies:
                 slot_free.append(now)
-        ends.append(now)
-    return (ends[-1] - ends[-1 - MEASURED]) / MEASURED
+        now += timing.after
+        passes.append(now - start)
+        now += timing.between
+    return sum(passes[-MEASURED:]) / MEASURED
 
 
 def improve(split: Split, timing: Timing) -> Split:
@@ -95,7 +112,7 @@ def improve(split: Split, timing: Timing) -> Split:
     while True:
         candidates = [(predict(other, timing), other) for other in _exchanges(best)]
         faster, other = min(candidates, key=lambda c: c[0], default=(seconds, best))
-        if faster > (1 - WORTH) * seconds:
+        if not faster < (1 - WORTH) * seconds:  # nor where a time is no number
             return best
         best, seconds = other, faster
 
@@ -149,7 +166,7 @@ def cheapest_quota(split: Split, timing: Timing) -> Split | None:
         text = f"{split.compute_device},{quota}b;{donor},*"
         allocation = Allocation(text, split.compute_device, Mode.BYTES, entries)
         other = plan_split(allocation, split.sizes, {})
-        if predict(other, timing) <= (1 + FREE) * timing.compute:
+        if predict(other, timing) <= (1 + FREE) * timing.resident:
             return other
     return other
 
@@ -161,7 +178,7 @@ def report(split: Split, timing: Timing) -> str:
         f"{donor} {bandwidth / 1e9:.1f} GB/s" for donor, bandwidth in timing.bandwidth.items()
     )
     line = (
-        f"a pass takes {seconds:.3g} s, {seconds / timing.compute:.2f} times that with everything "
+        f"a pass takes {seconds:.3g} s, {seconds / timing.resident:.2f} times that with everything "
         f"resident"
     )
     if links:

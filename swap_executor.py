@@ -14,13 +14,14 @@ import types
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 
 import torch
 
-from .device_utils import stream_module, synchronize
-from .donor_link import Link, Slot, Use, drain
+from .device_utils import on_device, stream_module, synchronize
+from .donor_link import Links, Slot, Use
 from .packed_weights import Pack, ordinary_tensors
+from .page_locks import PageLocks
 from .pass_timing import PassTime, PassTimer
 
 logger = logging.getLogger("MultiGPU")
@@ -32,6 +33,18 @@ def pass_device() -> torch.device | None:
     """The compute device of the pass that this thread is in; ``None`` outside of any."""
     devices = getattr(_passes, "devices", ())
     return devices[-1] if devices else None
+
+
+@contextmanager
+def running_on(device: torch.device) -> Iterator[None]:
+    """Inside, ``device`` is this thread's ``pass_device``, and torch's current device."""
+    devices = vars(_passes).setdefault("devices", [])
+    devices.append(device)
+    try:
+        with on_device(device):
+            yield
+    finally:
+        devices.pop()
 
 
 class BlockSwap:
@@ -55,6 +68,7 @@ class BlockSwap:
         packs: Sequence[Pack],
         lists: Mapping[str, Sequence[int]],
         embeddings: Mapping[str, int] | None = None,
+        locks: PageLocks | None = None,
     ):
         self.compute_device = compute_device
         self._slots_wanted = 0
@@ -62,7 +76,7 @@ class BlockSwap:
         self._lists = dict(lists)
         self._embeddings = dict(embeddings or {})
         self._slots: list[Slot] = []
-        self._links: dict[torch.device, Link] = {}
+        self.links = Links(compute_device, locks)
         self._swapped: frozenset[int] = frozenset()
         self._order: list[int] = []
         self._trace: list[int] = []
@@ -71,9 +85,13 @@ class BlockSwap:
         self._on_pass_time: Callable[[PassTime], None] | None = None
         self._passes: Counter = Counter()  # by the shape of their inputs
         self._timer: PassTimer | None = None
+        self._earlier = None  # the mark that ended the last pass
+        self._last_slot: dict[int, Slot] = {}
+        self._said = False
         self._views: dict[str, BlockList | _SwappedModule] = {}
+        self._inside = ExitStack()
         # Slots and homes must outlive the copies that are still on their way.
-        finalizer = weakref.finalize(self, drain, self._links)
+        finalizer = weakref.finalize(self, self.links.close)
         finalizer.atexit = False
 
     # -- placement ---------------------------------------------------------------------------
@@ -93,6 +111,7 @@ class BlockSwap:
         if any(slot.buffer.nbytes != self._block_bytes() for slot in self._slots):
             self._slots.clear()
         del self._slots[slots:]
+        self._last_slot.clear()
 
     def allocate_slots(self) -> None:
         """Allocate the slots that are missing; none are needed where every block is resident."""
@@ -107,7 +126,7 @@ class BlockSwap:
 
         To be called before homes are moved: no slot may keep a copy of what they were.
         """
-        drain(self._links)
+        self.links.synchronize()
         for slot in self._slots:
             slot.block = slot.queued = None
 
@@ -123,15 +142,15 @@ class BlockSwap:
 
     def count_staged(self) -> int:
         """How many swapped blocks lie in host memory that is not page-locked, and are staged."""
-        swapped = [self._packs[index] for index in self._order]
-        return sum(self._link(pack).is_staged(pack) for pack in swapped)
+        return sum(self.links.is_staged(self._packs[index]) for index in self._order)
 
     def drop_slots(self) -> int:
         """Free the slots and return their bytes. The next pass allocates them anew."""
         self.settle()
         freed = self.slot_bytes
         self._slots.clear()
-        self._links.clear()
+        self._last_slot.clear()
+        self.links.close()
         return freed
 
     @property
@@ -198,51 +217,50 @@ class BlockSwap:
         if self._depth == 0:
             self._open(model, shape)
         self._depth += 1
-        devices = vars(_passes).setdefault("devices", [])
-        devices.append(self.compute_device)
         completed = False
         try:
             yield
             completed = True
         finally:
-            devices.pop()
             self._depth -= 1
             if self._depth == 0:
                 self._close(model, completed)
 
     def _open(self, model: torch.nn.Module, shape: object) -> None:
-        self._report_time()
-        self.allocate_slots()
-        self._count_pass(shape)
-        self._trace = []
-        self._cursor = 0
-        self._views = {
-            name: BlockList(self, model._modules[name], indices)
-            for name, indices in self._lists.items()
-        }
-        for name, index in self._embeddings.items():
-            if index in self._swapped:
-                self._views[name] = _SwappedModule(self, model._modules[name], index)
-        model.__dict__.update(self._views)
+        with ExitStack() as inside:
+            inside.enter_context(running_on(self.compute_device))
+            self._report_time()
+            self.allocate_slots()
+            self._count_pass(shape)
+            self._trace = []
+            self._cursor = 0
+            self._views = {
+                name: BlockList(self, model._modules[name], indices)
+                for name, indices in self._lists.items()
+            }
+            for name, index in self._embeddings.items():
+                if index in self._swapped:
+                    self._views[name] = _SwappedModule(self, model._modules[name], index)
+            model.__dict__.update(self._views)
+            self._inside = inside.pop_all()
 
     def _close(self, model: torch.nn.Module, completed: bool) -> None:
-        for name in self._views:
-            model.__dict__.pop(name, None)
-        self._views = {}
-        for slot in self._slots:
-            for use in list(slot.uses):
-                self.release(use)
-        self._cursor = 0
-        if self._running_timer is not None:
+        with self._inside:
+            for name in self._views:
+                model.__dict__.pop(name, None)
+            self._views = {}
+            self._stop_timer(completed)
+            for slot in self._slots:
+                for use in list(slot.uses):
+                    self.release(use)
+            self._cursor = 0
             if completed:
-                self._timer.stop()
-            else:
-                self._timer = None
-        if completed:
-            # A pass that skips blocks keeps the order, one that runs them otherwise teaches it.
-            if not _is_subsequence(self._trace, self._order):
-                self._order = self._trace
-            self._prefetch()
+                # A pass that skips blocks keeps the order, one that runs them otherwise teaches it.
+                if not _is_subsequence(self._trace, self._order):
+                    self._order = self._trace
+                self._prefetch()
+
+    # -- timing ------------------------------------------------------------------------------
 
     @property
     def _running_timer(self) -> PassTimer | None:
@@ -256,14 +274,32 @@ class BlockSwap:
         """
         self._on_pass_time = on_pass_time
         self._passes.clear()
-        self._timer = None
+        self._timer = self._earlier = None
+
+    def time_again(self, shape: object) -> None:
+        """Time the next pass but one of ``shape`` as well."""
+        self._passes[shape] = 0
 
     def _count_pass(self, shape: object) -> None:
         self._passes[shape] += 1
         wanted = self._passes[shape] == 2 and self._on_pass_time is not None
         if wanted and self._timer is None and stream_module(self.compute_device) is not None:
             with self._timing():
-                self._timer = PassTimer(self.compute_device)
+                self._timer = PassTimer(self.compute_device, shape, self._earlier)
+
+    def _stop_timer(self, completed: bool) -> None:
+        """The pass is over: its time counts if it was completed, and so does the pause after it."""
+        self._earlier = None
+        if self._running_timer is not None:
+            if completed:
+                self._timer.stop()
+            else:
+                self._timer = None
+        module = stream_module(self.compute_device)
+        if completed and self._on_pass_time is not None and module is not None:
+            with self._timing():
+                self._earlier = module.Event(enable_timing=True)
+                self._earlier.record(module.current_stream(self.compute_device))
 
     def _report_time(self) -> None:
         """Tell what the timed pass took, once that is over on the device too."""
@@ -307,6 +343,8 @@ class BlockSwap:
                 use.slot.uses.discard(use)
                 raise
             use.pack.point(use.slot.views[index][1])
+        if self._running_timer is not None and index not in self._embeddings.values():
+            self._timer.block_begins()
         return use
 
     def release(self, use: Use | None) -> None:
@@ -314,6 +352,8 @@ class BlockSwap:
 
         Releasing twice is harmless, also when the slot has another user by then.
         """
+        if self._running_timer is not None:
+            self._timer.block_ends()
         if use is None or use not in use.slot.uses:
             return
         use.slot.uses.remove(use)
@@ -337,12 +377,12 @@ class BlockSwap:
         upcoming = self._upcoming(sum(not slot.uses for slot in self._slots))
         for index in upcoming:
             if self._slot_with(index) is None:
-                self._fill(self._free_slot(upcoming), index)
+                self._fill(self._free_slot(upcoming, index), index)
 
     def _fetch(self, index: int) -> Slot:
         """Queue the copy of a block that is needed now and was not foreseen."""
         free = sum(not slot.uses for slot in self._slots)
-        return self._fill(self._free_slot(self._upcoming(free - 1)), index)
+        return self._fill(self._free_slot(self._upcoming(free - 1), index), index)
 
     def _upcoming(self, number: int) -> list[int]:
         """The next ``number`` swapped blocks, across the end of the pass."""
@@ -352,16 +392,35 @@ class BlockSwap:
     def _slot_with(self, index: int) -> Slot | None:
         return next((slot for slot in self._slots if slot.block == index), None)
 
-    def _free_slot(self, keep: Sequence[int]) -> Slot:
-        """A slot without user whose block is not in ``keep``."""
-        for slot in self._slots:
-            if not slot.uses and slot.block not in keep:
-                return slot
-        # More blocks at once than planned, which no known model does: rather a slot too many
-        # than a run that fails.
-        logger.warning("[MultiGPU] block swap: one more slot, the model holds its blocks at once")
-        self._slots.append(Slot(self._block_bytes(), self.compute_device))
-        return self._slots[-1]
+    def _free_slot(self, keep: Sequence[int], index: int) -> Slot:
+        """A slot for block ``index``: without user, its block not in ``keep``, the last one it had.
+
+        A CUDA graph is recorded for the addresses it ran with.
+        """
+        free = [slot for slot in self._slots if not slot.uses and slot.block not in keep]
+        if not free:
+            # More blocks at once than planned, which no known model does: rather a slot too many
+            # than a run that fails.
+            logger.warning("[MultiGPU] block swap: one more slot, the model holds blocks at once")
+            self._slots.append(Slot(self._block_bytes(), self.compute_device))
+            free = self._slots[-1:]
+        last = self._last_slot.get(index)
+        if last in free:
+            return last
+        if last in self._slots:
+            self._say_if_graphs_are_recorded()
+        self._last_slot[index] = free[0]
+        return free[0]
+
+    def _say_if_graphs_are_recorded(self) -> None:
+        """Once, where blocks change slots although CUDA graphs would have them keep theirs."""
+        if not self._said and _records_cuda_graphs():
+            self._said = True
+            logger.warning(
+                f"[MultiGPU] block swap: {len(self._swapped)} swapped blocks take turns in "
+                f"{len(self._slots)} slots, so a CUDA graph is recorded for every pair: compile "
+                f"without CUDA graphs, or let the number of swapped blocks be a multiple of slots"
+            )
 
     def _fill(self, slot: Slot, index: int) -> Slot:
         pack = self._packs[index]
@@ -370,14 +429,9 @@ class BlockSwap:
                 target = slot.buffer[: pack.nbytes]
             slot.views[index] = (target, pack.views_of(target))
         slot.block = None  # until the copy is queued, so that an error leaves no false promise
-        self._link(pack).copy(pack, slot.views[index][0], slot, self._running_timer, self)
+        self.links.copy(pack, slot.views[index][0], slot, self._running_timer, self)
         slot.block = index
         return slot
-
-    def _link(self, pack: Pack) -> Link:
-        if pack.device not in self._links:
-            self._links[pack.device] = Link(pack.device, self.compute_device)
-        return self._links[pack.device]
 
 
 def _hide_from_dynamo() -> None:
@@ -390,6 +444,12 @@ def _hide_from_dynamo() -> None:
         method = vars(BlockSwap)[name]
         if dynamo is not None and not hasattr(method, "_torchdynamo_disable"):
             setattr(BlockSwap, name, dynamo.disable(method))
+
+
+def _records_cuda_graphs() -> bool:
+    """Whether ``torch.compile`` has made CUDA graphs in this process."""
+    trees = sys.modules.get("torch._inductor.cudagraph_trees")
+    return bool(getattr(getattr(trees, "local", None), "tree_manager_containers", None))
 
 
 class BlockList:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 
@@ -13,6 +15,7 @@ from . import device_utils, step_time
 from .allocation_parser import CPU, Allocation
 from .model_blocks import block_lists, embeddings, in_execution_order, modules_beside, tensors_of
 from .packed_weights import Pack
+from .page_locks import Need, PageLocks
 from .pass_timing import PassTime
 from .split import Block, ModelSizes, Split, format_bytes
 from .split_planner import plan_split
@@ -32,6 +35,37 @@ def has_room_for_homes(nbytes: int, available: int, total: int) -> bool:
     return available - nbytes >= AVAILABLE_RAM * total
 
 
+@dataclass(frozen=True)
+class _Trial:
+    """The split before an improvement, and what a pass of ``shape`` took with it, in seconds."""
+
+    split: Split
+    shape: object
+    seconds: float
+
+
+def _timing_of(pass_time: PassTime, known: step_time.Timing | None) -> step_time.Timing | None:
+    """What a timed pass says; ``None`` where its times make no sense.
+
+    A link of which nothing was copied keeps the bandwidth that is ``known``.
+    """
+    moved: dict[str, list[float]] = {}
+    for donor, nbytes, seconds in pass_time.copies:
+        sums = moved.setdefault(device_utils.name_of(donor), [0, 0.0])
+        sums[0] += nbytes
+        sums[1] += seconds
+    bandwidth = {} if known is None else dict(known.bandwidth)
+    bandwidth |= {
+        donor: nbytes / seconds
+        for donor, (nbytes, seconds) in moved.items()
+        if 0 < seconds < math.inf
+    }
+    around = [max(0.0, t) for t in (pass_time.before, pass_time.after, pass_time.between)]
+    if not 0 < pass_time.blocks < math.inf or not all(map(math.isfinite, around)):
+        return None
+    return step_time.Timing(pass_time.blocks, bandwidth, *around)
+
+
 class SwappedModel:
     """The weights of one Wan model, packed, and the swap that runs it.
 
@@ -39,7 +73,7 @@ class SwappedModel:
     go is freed at once.
     """
 
-    def __init__(self, model: torch.nn.Module, allocation: Allocation):
+    def __init__(self, model: torch.nn.Module, allocation: Allocation, locks: PageLocks):
         diffusion_model = model.diffusion_model
         lists = block_lists(diffusion_model)
         blocks = in_execution_order(lists)
@@ -70,11 +104,12 @@ class SwappedModel:
         self.split = self._plan(allocation)
         compute = device_utils.torch_device(self.split.compute_device)
         first = len(blocks)
-        self.swap = BlockSwap(
-            compute, self.packs, indices, {name: first + i for i, name in enumerate(leading)}
-        )
+        first_calls = {name: first + i for i, name in enumerate(leading)}
+        self.swap = BlockSwap(compute, self.packs, indices, first_calls, locks)
+        self._locks = locks
         self._placed: Split | None = None
         self.timing: step_time.Timing | None = None
+        self._trial: _Trial | None = None
         self._diffusion_model = weakref.ref(diffusion_model)
         self._undrive: Callable[[], None] | None = None
         self._foreign_bytes = 0
@@ -131,7 +166,11 @@ class SwappedModel:
         beside = self.split.sizes.non_block_bytes - self.non_block.nbytes if self.loaded else 0
         return placed + beside + self._foreign_bytes + self.swap.slot_bytes
 
-    def load(self, model: torch.nn.Module, pin, unpin) -> None:
+    def homeless_bytes(self) -> int:
+        """Bytes of weights that have no place of their own yet, as before the first load."""
+        return sum(pack.nbytes for pack in self.all_packs() if pack.device is None)
+
+    def load(self, model: torch.nn.Module) -> None:
         """Put every block where the split wants it, straight, one at a time, and print the split.
 
         Where everything is in place already, nothing is touched: what the slots hold stays good.
@@ -140,7 +179,7 @@ class SwappedModel:
             return
         for module in modules_beside(model):
             module.to(self.swap.compute_device)
-        self._pin, self._unpin = pin, unpin
+        self._trial = None
         self._place()
         timed = weakref.WeakMethod(self._timed)
         self.swap.time_passes(lambda pass_time: timed()(pass_time))
@@ -160,12 +199,27 @@ class SwappedModel:
             # What leaves the compute device goes first: it never holds more than the split says.
             for pack, home in sorted(targets, key=lambda target: target[1] == compute):
                 pack.place(home, keep_home=keep_homes and home == compute)
-                if home != compute:
-                    pack.lock(self._pin, self._unpin)
+            self._page_lock()
             self._placed = self.split
         finally:
             # A split without slots needs some once ``give_back`` has taken resident blocks away.
             self.swap.update(self.split.slots or 2)
+
+    def _page_lock(self) -> None:
+        """Page-lock homes while that is granted: of what travels, then of what is resident."""
+        compute, links = self.swap.compute_device, self.swap.links
+        travels = [p for p in self.packs if p.device != compute and p.device.type == CPU]
+        at_home = [p for p in self.all_packs() if p.device == compute and p.home_bytes]
+        needs = [(p, Need.TRAVELS) for p in travels] + [(p, Need.HOME) for p in at_home]
+        if any(not pack.locked for pack in travels):
+            links.reserve_ring()  # or there may be nothing left for it
+        for pack, need in needs:
+            pack.need(need)
+        for pack, need in needs:
+            if not pack.lock(self._locks, need, links.synchronize):
+                break  # a host that has refused once is not asked for every block
+        if all(pack.locked for pack in travels):
+            links.release_ring()
 
     def _has_room_for_homes(self, resident: list[Pack]) -> bool:
         """Whether what is to be resident keeps homes in RAM."""
@@ -176,18 +230,21 @@ class SwappedModel:
         return has_room_for_homes(added, *device_utils.ram())
 
     def _timed(self, pass_time: PassTime) -> None:
-        """Say what the split costs now that it is known, and improve it where that pays."""
-        compute = pass_time.total - pass_time.waiting
-        if compute <= 0:
+        """Say what the split costs now that it is known, and improve it where that pays.
+
+        An improvement is on trial until a pass of the same shape was timed with it.
+        """
+        trial = self._trial
+        if trial is not None:
+            if pass_time.shape == trial.shape:
+                self._trial = None
+                if not pass_time.total < trial.seconds:
+                    self._take_back(trial, pass_time.total)
             return
-        moved: dict[str, list[float]] = {}
-        for donor, nbytes, seconds in pass_time.copies:
-            sums = moved.setdefault(device_utils.name_of(donor), [0, 0.0])
-            sums[0] += nbytes
-            sums[1] += seconds
-        bandwidth = {donor: nbytes / s for donor, (nbytes, s) in moved.items() if s > 0}
-        known = {} if self.timing is None else self.timing.bandwidth
-        self.timing = step_time.Timing(compute, {**known, **bandwidth})
+        timing = _timing_of(pass_time, self.timing)
+        if timing is None:
+            return
+        self.timing = timing
         planned, before = self.split, [pack.device for pack in self.packs]
         # What was given back to other models is not taken again before the next load.
         if before == self._homes():
@@ -198,10 +255,24 @@ class SwappedModel:
                 logger.info(self.split.table())
             except RuntimeError as error:  # no memory for what should have fitted
                 logger.warning(f"[MultiGPU] block swap: the split stays as it was: {error}")
-                self.split = planned
-                self._place()
-                self.swap.time_passes(None)  # nor is that tried again before the next load
+                self._settle_for(planned)
+            else:
+                self._trial = _Trial(planned, pass_time.shape, pass_time.total)
+                self.swap.time_again(pass_time.shape)
         logger.info(f"[MultiGPU] block swap: {step_time.report(self.split, self.timing)}")
+
+    def _take_back(self, trial: _Trial, seconds: float) -> None:
+        logger.info(
+            f"[MultiGPU] block swap: the split is what it was: a pass took {trial.seconds:.3g} s "
+            f"with it, and {seconds:.3g} s with the other"
+        )
+        self._settle_for(trial.split)
+
+    def _settle_for(self, split: Split) -> None:
+        """Go back to ``split``, and try no other before the next load."""
+        self.split = split
+        self._place()
+        self.swap.time_passes(None)
 
     def _remarks(self) -> Iterator[str]:
         """Lines for the table: what a pass will take, what there is in RAM, and how."""
@@ -244,7 +315,8 @@ class SwappedModel:
                 break
             if pack.device == self.swap.compute_device:
                 pack.place(self._storage(offload_device))
-                pack.lock(self._pin, self._unpin)  # it travels now
+        if self.loaded:
+            self._page_lock()  # they travel now
         self.swap.update(self.split.slots or 2)
         return before - self.compute_bytes()
 
@@ -261,6 +333,7 @@ class SwappedModel:
                 pack.place(storage)
             if donors_too:
                 pack.unlock()
+            pack.need(Need.UNLOADED)
         self._stop_driving()
         self._placed = None
         return storage

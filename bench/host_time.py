@@ -85,7 +85,7 @@ def main() -> int:
     with torch.inference_mode():
         models = {"unpatched": (weights.model().float(), lambda: None)}
         models |= {name: driven(weights, share) for name, share in SHARES.items()}
-        with mock.patch.object(donor_link.Link, "_queue", lambda *_: None):
+        with mock.patch.object(donor_link.Link, "queue", lambda *_: None):
             rounds = [
                 {
                     name: seconds_of(lambda m=model: m(*arguments))

@@ -9,6 +9,8 @@ import torch
 
 from block_swap import device_utils, donor_link
 from block_swap.packed_weights import Pack
+from block_swap.page_locks import Need, PageLocks
+from rig import page_locking as page_locking_rig
 from rig import simulator
 from toy import COMPUTE, Model, at_home, swap_of
 
@@ -126,8 +128,11 @@ def test_page_locked_homes_are_not_staged(page_locking):
     x = inputs()
     model = Model()
     swap = swap_of(model, ["cpu"] * 8)
+    functions = page_locking_rig.pinning(page_locking_rig.Cudart())
+    functions.pin, functions.unpin = simulator.page_locking.lock, simulator.page_locking.unlock
+    locks = PageLocks(functions, lambda: 1 << 40)
     for pack in swap._packs[:5]:
-        pack.lock(simulator.page_locking.lock, simulator.page_locking.unlock)
+        assert pack.lock(locks, Need.TRAVELS, swap.links.synchronize)
     assert swap.count_staged() == 3
     assert torch.equal(model(x).cpu(), Model()(x.cpu()))
     for pack in swap._packs[:5]:

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from block_swap import pass_timing
-from rig import simulator
+from block_swap.page_locks import Need, PageLocks
+from rig import page_locking, simulator
 from toy import COMPUTE, Model, at_home, swap_of
 
 ledger = simulator.ledger
@@ -242,24 +243,61 @@ def test_a_model_that_nobody_holds_dies_at_once():
         gc.enable()
 
 
+def locks_of(cudart):
+    return PageLocks(page_locking.pinning(cudart), lambda: 1 << 40)
+
+
 def test_page_locks_are_held_while_the_pack_stays():
-    locked = []
+    cudart = page_locking.Cudart()
+    locks = locks_of(cudart)
     model = Model()
-    pack = swap_of(model, HOMES["all"])._packs[0]
-
-    def pin(tensor):
-        locked.append(tensor.data_ptr())
-        return True
-
-    def unpin(tensor):
-        locked.remove(tensor.data_ptr())
-
-    assert pack.lock(pin, unpin)
-    assert pack.lock(pin, unpin)
-    assert locked == [pack.flat.data_ptr()]
+    swap = swap_of(model, HOMES["all"])
+    pack, settle = swap._packs[0], swap.links.synchronize
+    assert pack.lock(locks, Need.TRAVELS, settle)
+    assert pack.lock(locks, Need.TRAVELS, settle)
+    assert cudart.held == {pack.flat.data_ptr(): pack.nbytes}
     pack.place(COMPUTE)
-    assert locked == []
-    assert not pack.lock(lambda tensor: False, unpin)
+    assert cudart.held == {}
+    assert not pack.lock(locks, Need.TRAVELS, settle)  # there is nothing of it in host memory
+
+
+def test_a_page_lock_that_was_taken_away_can_be_had_again():
+    cudart = page_locking.Cudart()
+    model = Model()
+    swap = swap_of(model, HOMES["all"])
+    one, other = swap._packs[:2]
+    locks = PageLocks(page_locking.pinning(cudart), lambda: one.nbytes)
+    assert one.lock(locks, Need.UNLOADED, swap.links.synchronize)
+    assert other.lock(locks, Need.TRAVELS, swap.links.synchronize)
+    assert not one.locked
+    assert not one.lock(locks, Need.UNLOADED, swap.links.synchronize)
+    other.unlock()
+    assert one.lock(locks, Need.TRAVELS, swap.links.synchronize)
+    assert cudart.held == {one.flat.data_ptr(): one.nbytes}
+
+
+def test_garbage_is_unlocked_after_the_copies_that_read_it():
+    """A cyclic collection calls finalizers in any order: here the packs' come before the swap's."""
+    cudart = page_locking.Cudart()
+    locks = locks_of(cudart)
+    model = Model()
+    swap = swap_of(model, HOMES["all"])
+    unlocked = []
+
+    def unpin(flat):
+        unlocked.append(simulator.host_in_flight(flat))
+        cudart.cudaHostUnregister(flat.data_ptr())
+
+    locks.pinning.unpin = unpin
+    for pack in swap._packs:
+        assert pack.lock(locks, Need.TRAVELS, swap.links.synchronize)
+    model(torch.randn(4, 32).to(COMPUTE))
+    assert any(simulator.host_in_flight(pack.flat) for pack in swap._packs)
+    swap.itself = swap
+    del pack, model, swap
+    gc.collect()
+    assert unlocked == [False] * 8
+    assert cudart.held == {}
 
 
 def test_packed_weights_are_aligned_contiguous_views_of_one_buffer():

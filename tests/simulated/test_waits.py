@@ -5,7 +5,7 @@ import gc
 import pytest
 import torch
 
-from block_swap import donor_link, packed_weights, swap_executor
+from block_swap import donor_link, packed_weights
 from rig import simulator
 from toy import COMPUTE, Model, swap_of
 
@@ -45,17 +45,17 @@ def without_wait_for(event_name):
     """Copy streams no longer wait for this event of a slot; the compute stream still does."""
 
     def mutate(monkeypatch):
-        copy = donor_link.Link.copy
+        queue = donor_link.Link.queue
 
-        def mutated(link, pack, target, slot, *rest):
+        def mutated(link, home, target, slot, *rest):
             event = getattr(slot, event_name)
             setattr(slot, event_name, _Unawaited(event))
             try:
-                copy(link, pack, target, slot, *rest)
+                queue(link, home, target, slot, *rest)
             finally:
                 setattr(slot, event_name, event)
 
-        monkeypatch.setattr(donor_link.Link, "copy", mutated)
+        monkeypatch.setattr(donor_link.Link, "queue", mutated)
         wait_event = simulator.Stream.wait_event
 
         def mutated_wait(stream, event):
@@ -95,7 +95,9 @@ MUTATIONS = {
     "a copy awaits an earlier copy into the slot": without_wait_for("arrived"),
     "release is recorded": lambda m: m.setattr(donor_link.Slot, "record_release", nothing),
     "a first copy awaits the slot's allocation": without_a_record_of_allocation,
-    "copies end before slots and homes go": lambda m: m.setattr(swap_executor, "drain", nothing),
+    "copies end before slots and homes go": lambda m: m.setattr(
+        donor_link.Links, "synchronize", nothing
+    ),
     "a move ends before other streams use it": lambda m: m.setattr(
         packed_weights, "synchronize", nothing
     ),
