@@ -236,10 +236,12 @@ class SwappedModel:
         """
         trial = self._trial
         if trial is not None:
-            if pass_time.shape == trial.shape:
-                self._trial = None
-                if not pass_time.total < trial.seconds:
-                    self._take_back(trial, pass_time.total)
+            if pass_time.shape != trial.shape:
+                self.swap.time_again(pass_time.shape)
+                return
+            self._trial = None
+            if not pass_time.total < trial.seconds:
+                self._take_back(trial, pass_time.total)
             return
         timing = _timing_of(pass_time, self.timing)
         if timing is None:

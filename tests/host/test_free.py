@@ -2,6 +2,8 @@
 
 import gc
 import inspect
+import types
+from collections import Counter
 
 import pytest
 import torch
@@ -324,6 +326,65 @@ def test_soft_empty_cache_clears_all_devices_when_distorch2_is_active(bench, mon
     cleared.clear()
     bench.mm.soft_empty_cache()
     assert cleared == [0, 1]
+
+
+@pytest.fixture
+def tidied(bench, management, monkeypatch):
+    """How often garbage was collected, and the heap trimmed, by ``soft_empty_cache``."""
+    counts = Counter()
+    collect, trim = gc.collect, bench.module("device_utils").trim_host_heap
+
+    def counting(name, wrapped):
+        def call(*args):
+            counts[name] += 1
+            return wrapped(*args)
+
+        return call
+
+    stand_in = types.SimpleNamespace(collect=counting("collect", collect))
+    monkeypatch.setattr(management, "gc", stand_in)
+    monkeypatch.setattr(bench.module("device_utils"), "trim_host_heap", counting("trim", trim))
+    return counts
+
+
+def test_a_prompt_of_many_nodes_collects_no_garbage(bench, tidied, monkeypatch):
+    """With DynamicVRAM on, ComfyUI calls ``soft_empty_cache`` after every node."""
+    import execution
+
+    calls = []
+    get_output_data = execution.get_output_data
+
+    async def and_then_empty(*args, **kwargs):
+        outputs = await get_output_data(*args, **kwargs)
+        bench.mm.soft_empty_cache()
+        calls.append(1)
+        return outputs
+
+    monkeypatch.setattr(execution, "get_output_data", and_then_empty)
+    chain = {"1": bench.distorch(SPLIT), "40": prompts.conditioning(3)}
+    for n in range(41, 60):
+        zero_out = {
+            "class_type": "ConditioningZeroOut",
+            "inputs": {"conditioning": [f"{n - 1}", 0]},
+        }
+        chain[str(n)] = zero_out
+    prompt = prompts.guided(chain, "1", seed=1, steps=1, positive="59")
+    bench.host.run(prompt)
+    tidied.clear()
+    calls.clear()
+    chain["40"]["inputs"]["seed"] = 4  # every node but the loader runs again
+    bench.host.run(prompts.guided(chain, "1", seed=2, steps=1, positive="59"))
+    assert len(calls) >= 20
+    assert tidied == {}
+
+
+def test_what_was_ejected_is_collected_once(bench, tidied):
+    bench.sample(bench.distorch(SPLIT))
+    bench.mm.unload_all_models()
+    tidied.clear()
+    for _ in range(5):
+        bench.mm.soft_empty_cache()
+    assert tidied == {"collect": 1, "trim": 1}
 
 
 def test_soft_empty_cache_without_a_server_does_not_fail(bench, monkeypatch):

@@ -25,7 +25,8 @@ def forward(bench):
         with torch.inference_mode():
             for _ in range(WARM_UP):  # the second pass is timed, and the split then improved
                 model(x, t, context)
-                torch.acc.synchronize()
+                # As samplers do when they look at a latent: what is copied meanwhile goes on.
+                torch.acc.current_stream().synchronize()
             model(x, t, context)  # the slots that the last one has filled would be a gift
             start.record()
             for _ in range(PASSES):
@@ -159,3 +160,43 @@ def test_memory_that_is_gone_in_the_middle_of_an_improvement_fails_no_pass(
     monkeypatch.setattr(pack_class, "place", taken)
     forward(patcher)
     assert patcher.loaded_size() <= state.split.compute_bytes
+
+
+def test_an_exchange_that_loses_is_taken_back(bench, forward, transfer_bound, monkeypatch):
+    """Whatever was predicted: the next timed pass of the same shape decides."""
+    patcher, _ = transfer_bound
+    state = bench.state(patcher)
+    planned, held = state.split, ledger.allocated[COMPUTE]
+    step_time = bench.module("step_time")
+    worse = step_time.replace(planned, slots=1)
+    monkeypatch.setattr(step_time, "improve", lambda split, timing: worse)
+    tried = []
+    place = state._place
+    monkeypatch.setattr(state, "_place", lambda: (tried.append(state.split), place()))
+    forward(patcher)
+    assert tried == [worse, planned]
+    assert state.split is planned
+    assert ledger.allocated[COMPUTE] <= held + 20_000
+    forward(patcher)
+    assert tried == [worse, planned]  # nor is it tried again before the next load
+
+
+def test_an_exchange_that_wins_stays(bench, forward, transfer_bound):
+    patcher, _ = transfer_bound
+    state = bench.state(patcher)
+    forward(patcher)
+    better = state.split
+    assert state._trial is None  # confirmed
+    forward(patcher)
+    assert state.split is better
+
+
+@pytest.mark.parametrize("seconds", [float("nan"), float("inf"), 0.0, -1.0])
+def test_times_that_make_no_sense_change_nothing(bench, forward, transfer_bound, seconds):
+    patcher, _ = transfer_bound
+    state = bench.state(patcher)
+    planned = state.split
+    pass_time = bench.module("pass_timing").PassTime
+    state._timed(pass_time((1,), seconds, 0.0, 0.0, 0.0, 0.0, ((torch.device("cpu"), 1, seconds),)))
+    assert state.split is planned
+    assert state.timing is None

@@ -395,6 +395,44 @@ def test_the_second_pass_of_every_shape_is_timed_once():
     assert run(6) == 4
 
 
+@pytest.mark.parametrize("homes", [["cpu"] * 8, ["cpu", "acc:0"] * 4, ["acc:0"] * 8])
+def test_a_pass_is_timed_in_its_parts(homes):
+    """What comes before the first block, the blocks, what is behind them, and the pause between."""
+
+    class Slow(Model):
+        def forward(self, x):
+            simulator.clock.charge(COMPUTE, 0.5)
+            x = self.embed(x)
+            for block in self.blocks:
+                simulator.clock.charge(COMPUTE, 0.25)  # taken for a part of the block before
+                x = block(x)
+            simulator.clock.charge(COMPUTE, 0.125)
+            return x
+
+    model = Slow()
+    swap = swap_of(model, homes)
+    times = []
+    swap.time_passes(times.append)
+    simulator.clock.flops = float("inf")
+    simulator.clock.inline_bytes = 0
+    simulator.clock.set_bandwidth(swap._packs[0].nbytes / 0.5)  # a copy takes half a second
+    x = torch.randn(4, 32).to(COMPUTE)
+    for _ in range(3):
+        model(x)
+        simulator.clock.charge(COMPUTE, 0.75)
+        torch.acc.synchronize()
+    simulator.clock.reset_rates()
+    (timed,) = times
+    assert timed.shape == x.shape
+    assert timed.before == pytest.approx(0.5)
+    assert timed.between == pytest.approx(0.75)
+    assert timed.blocks + timed.after == pytest.approx(8 * 0.25 + 0.125)
+    assert timed.after <= 0.125 + 1e-9
+    swapped = homes.count("cpu")
+    assert (timed.waiting > 0) == (swapped == 8)
+    assert timed.total == pytest.approx(0.5 + 2.0 + 0.125 + timed.waiting)
+
+
 def test_a_pass_that_fails_is_not_timed():
     model = Model()
     swap = swap_of(model, HOMES["half"])

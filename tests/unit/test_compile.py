@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from block_swap import swap_executor
 from block_swap.packed_weights import Pack
 from block_swap.swap_executor import BlockSwap
 
@@ -27,24 +28,26 @@ class Model(torch.nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.blocks = torch.nn.ModuleList(Block() for _ in range(LAYERS))
+        self.skip = ()
         self.requires_grad_(False)
 
     def forward(self, x):
         return self.loop(x)
 
     def loop(self, x):
-        for _, block in enumerate(self.blocks):
-            x = block(x)
+        for i, block in enumerate(self.blocks):
+            if i not in self.skip:
+                x = block(x)
         return x
 
 
-def swapped_model():
+def swapped_model(slots=2):
     model = Model()
     packs = [Pack.layout(block.modules()) for block in model.blocks]
     for pack in packs:
         pack.place(torch.device("cpu"))
     swap = BlockSwap(COMPUTE, packs, {"blocks": range(LAYERS)})
-    swap.update(2)
+    swap.update(slots)
     swap.allocate_slots()
     return model, swap
 
@@ -80,6 +83,55 @@ def test_compiled_results_are_those_of_the_model_and_nothing_is_compiled_again(
     assert all(
         p.data_ptr() == v.data_ptr() for p, v in zip(model.parameters(), _homes(swap), strict=True)
     )
+
+
+def places_of(model):
+    """The addresses at which each block of a model finds its weights, from now on."""
+    places = [set() for _ in model.blocks]
+
+    def watch(index, block):
+        forward = block.forward
+
+        def watched(x):
+            places[index].add(block.up.weight.data_ptr())
+            return forward(x)
+
+        block.forward = watched
+
+    for index, block in enumerate(model.blocks):
+        watch(index, block)
+    return places
+
+
+@pytest.mark.parametrize(("slots", "keeps"), [(2, True), (3, True), (4, False)])
+def test_a_block_keeps_its_slot_where_the_numbers_allow_it(caplog, monkeypatch, slots, keeps):
+    """A CUDA graph is good for the addresses that it was recorded with.
+
+    Six blocks take turns in two or three slots and come back to the one they had. In four they do
+    not; the log says so once, where graphs are recorded.
+    """
+    monkeypatch.setattr(swap_executor, "_records_cuda_graphs", lambda: True)
+    model, swap = swapped_model(slots)
+    swap.drive(model)
+    places = places_of(model)
+    x = torch.randn(4, 16)
+    for _ in range(6):
+        assert torch.equal(model(x), Model()(x))
+    assert all(len(addresses) == 1 for addresses in places) == keeps
+    said = [r for r in caplog.records if "CUDA graph is recorded" in r.message]
+    assert len(said) == (not keeps)
+
+
+def test_a_block_that_was_left_out_does_not_shift_the_others():
+    """Skipped blocks (layer guidance, caches) leave every other block in its slot."""
+    model, swap = swapped_model()
+    swap.drive(model)
+    places = places_of(model)
+    x = torch.randn(4, 16)
+    for skip in ((), (1,), (), (0, 3), (), ()):
+        model.skip = skip
+        model(x)
+    assert [len(addresses) for addresses in places] == [1] * LAYERS
 
 
 def _homes(swap):

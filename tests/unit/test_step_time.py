@@ -1,5 +1,6 @@
 """Predicted steps: the cases that have one right answer, and what is made of them."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -114,3 +115,42 @@ def test_what_the_forward_holds_beside_its_loop_is_no_slot_to_copy_into():
 
     assert predict(vace(2), timing(1.0)) == pytest.approx(16)
     assert predict(vace(3), timing(1.0)) == pytest.approx(8)
+
+
+@pytest.mark.parametrize("seconds", [math.nan, math.inf, 0.0])
+@pytest.mark.parametrize("bandwidth", [math.nan, math.inf, 1.0])
+def test_times_that_are_no_numbers_improve_nothing_and_end(seconds, bandwidth):
+    split = plan("acc:0,5000b;cpu,*")
+    assert improve(split, Timing(seconds, {"cpu": bandwidth})) is split or seconds == 0.0
+
+
+def test_what_comes_before_and_behind_the_blocks_hides_copies_too():
+    """Eight copies of a second each; two slots hold the first two blocks before the blocks begin.
+
+    The third is copied once the first has computed for half a second: six copies in a row from
+    there on, and the last block's computation.
+    """
+    split = plan("acc:0,2000b;cpu,*")
+    blocks = replace(timing(0.5), before=2.0, after=1.0, between=1.0)
+    assert blocks.resident == 4 + 2 + 1
+    assert predict(split, blocks) == pytest.approx(2 + 0.5 + 6 + 0.5 + 1)
+    assert predict(plan("acc:0,*"), blocks) == 7
+
+
+def test_the_report_counts_what_is_around_the_blocks():
+    split = plan("acc:0,*")
+    line = report(split, replace(timing(0.5), before=3.0))
+    assert "a pass takes 7 s, 1.00 times" in line
+
+
+def test_what_is_around_the_blocks_makes_an_exchange_worth_less():
+    """Half of such a pass is not blocks: as a share of the blocks, it looked good and lost."""
+    split = plan("acc:0,5000b;cpu,*")
+    blocks, heavy = timing(0.5), replace(timing(0.5), before=8.0, between=8.0)
+    better = improve(split, blocks)
+    assert better is not split
+
+    def gain(timing):
+        return 1 - predict(better, timing) / predict(split, timing)
+
+    assert gain(blocks) > 2 * gain(heavy)
