@@ -11,10 +11,12 @@ import platform
 import statistics
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
@@ -31,6 +33,24 @@ VERSION = next(iter(comfy_host.SOURCES))
 BANDWIDTH_COPIES = 5
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Passes(Generic[T]):
+    """What some passes took, queued one behind the other."""
+
+    seconds: list[float]  # of each, on the device
+    queuing: float  # seconds of the host for the first, which finds the device idle
+    last: T  # what the last one gave
+
+
+@dataclass(frozen=True)
+class OnePass(Generic[T]):
+    """What a pass on an idle device took by the clock of the host."""
+
+    queuing: float  # seconds until it was queued
+    whole: float  # seconds until it was done on the device, too
+    result: T
 
 
 def import_comfy(source: Path, *flags: str):
@@ -81,20 +101,29 @@ class Machine:
     def set_length(self, length, resident_step: float | None, layers: int, block: int) -> None:
         """Make ready to measure passes of ``length``; a real machine is what it is."""
 
-    def seconds(self, run: Callable[[], T], passes: int) -> tuple[list[float], T]:
-        """Seconds of each of ``passes`` calls, queued one behind the other, by device events.
-
-        Also returns what the last call did.
-        """
-        marks = [self.module.Event(enable_timing=True) for _ in range(passes + 1)]
+    def passes(self, run: Callable[[], T], number: int) -> Passes[T]:
+        """Time ``number`` calls that are queued one behind the other, by events of the device."""
+        marks = [self.module.Event(enable_timing=True) for _ in range(number + 1)]
         self.module.synchronize(self.device)
+        start, queuing = time.perf_counter(), None
         marks[0].record()
         for mark in marks[1:]:
             last = run()
+            if queuing is None:
+                queuing = time.perf_counter() - start
             mark.record()
         self.module.synchronize(self.device)
         times = [a.elapsed_time(b) / 1000 for a, b in zip(marks, marks[1:], strict=False)]
-        return times, last
+        return Passes(times, queuing, last)
+
+    def one_pass(self, run: Callable[[], T]) -> OnePass[T]:
+        """Time one call on an idle device by the clock of the host."""
+        self.module.synchronize(self.device)
+        start = time.perf_counter()
+        result = run()
+        queuing = time.perf_counter() - start
+        self.module.synchronize(self.device)
+        return OnePass(queuing, time.perf_counter() - start, result)
 
     def bandwidth(self, nbytes: int) -> float:
         """Bytes per second from page-locked host memory to the device, in copies of ``nbytes``."""
@@ -105,8 +134,7 @@ class Machine:
             target.copy_(host, non_blocking=True)
 
         copy()
-        seconds, _ = self.seconds(copy, BANDWIDTH_COPIES)
-        return nbytes / statistics.median(seconds)
+        return nbytes / statistics.median(self.passes(copy, BANDWIDTH_COPIES).seconds)
 
     def reset_peak(self) -> None:
         self.module.reset_peak_memory_stats(self.device)
@@ -131,7 +159,8 @@ class Machine:
 class Simulated(Machine):
     """One simulated device. A length has a ratio of computing to moving a block, set on the clock.
 
-    Host memory counts as page-locked. Load time and RAM say nothing here and are not reported.
+    Host memory counts as page-locked. RAM and the times of the host say nothing here and are not
+    reported.
     """
 
     real = False

@@ -65,7 +65,13 @@ def as_dict(row: Row, results: Results, simulated: bool) -> dict[str, object]:
     if not simulated:
         out["peak_rss_bytes"] = row.peak_rss
         out["load_seconds"] = statistics.median(row.load_seconds)
+        out["first_step_seconds"] = _median(row.first_seconds)
+        out["host_seconds"] = _median(row.host_seconds)
     return out
+
+
+def _median(values: list[float]) -> float | None:
+    return statistics.median(values) if values else None
 
 
 def quartiles(values: list[float]) -> tuple[float, float, float]:
@@ -93,7 +99,7 @@ def markdown(machine: dict, settings: Settings, results: Results) -> str:
         ]
         heads = ["swapped", "way", "step [ms]", "spread", "ratio to bound", "predicted [ms]"]
         heads += ["equal", "device peak"]
-        heads += [] if simulated else ["RAM peak", "load [s]"]
+        heads += [] if simulated else ["RAM peak", "host [ms]", "load [s]", "first step [s]"]
         lines += [f"| {' | '.join(heads)} |", "|---:|---|" + "---:|" * (len(heads) - 2)]
         for row in rows:
             low, middle, high = quartiles(row.seconds)
@@ -108,7 +114,12 @@ def markdown(machine: dict, settings: Settings, results: Results) -> str:
                 _size(row.peak_device),
             ]
             if not simulated:
-                cells += [_size(row.peak_rss), f"{statistics.median(row.load_seconds):.1f}"]
+                cells += [
+                    _size(row.peak_rss),
+                    f"{statistics.median(row.host_seconds) * 1e3:.4g}",
+                    f"{statistics.median(row.load_seconds):.1f}",
+                    f"{statistics.median(row.first_seconds):.1f}" if row.first_seconds else "",
+                ]
             lines.append(f"| {' | '.join(cells)} |")
         lines += ["", *_quotas(results, rows[0]), ""]
     for title, entries in (

@@ -22,7 +22,7 @@ from ways import WAYS, Point, Resident, Way, sizes_of, split_with
 
 from block_swap.step_time import Timing
 
-WARM_UP = 2
+WARM_UP = 3
 LONG_STEP = 5.0  # seconds; above, a way gets one pass to warm up
 FEWEST_PASSES = 2
 
@@ -58,6 +58,8 @@ class Row:
     way: str
     seconds: list[float] = field(default_factory=list)  # of each pass
     load_seconds: list[float] = field(default_factory=list)
+    first_seconds: list[float] = field(default_factory=list)  # from weights in RAM to a first step
+    host_seconds: list[float] = field(default_factory=list)  # to queue a pass on an idle device
     equal: bool = True  # bit for bit what the resident model gives
     peak_device: int = 0  # bytes, while running
     peak_load: int = 0  # bytes on the device, while loading
@@ -192,12 +194,16 @@ class Suite:
             forward = way.load(model, point)
             machine.module.synchronize(machine.device)
             load_seconds, peak_load = time.perf_counter() - start, machine.peak()
+            ran = False
             for length in self.settings.lengths if reference else self._expected:
                 if reference:
                     self._try_reference(forward, length)
                 elif not self._out_of_time(f"{point.form}, {length.name}, {way.name}"):
                     row = self._row(way, point, length)
-                    self._measure_length(way, forward, row)
+                    first = self._measure_length(way, forward, row)
+                    if not ran:  # later lengths find what the first pass has left
+                        row.first_seconds.append(load_seconds + first)
+                    ran = True
                     row.load_seconds.append(load_seconds)
                     row.peak_load = max(row.peak_load, peak_load)
                     row.peak_rss = max(row.peak_rss, rss["peak"])
@@ -225,10 +231,12 @@ class Suite:
         self.machine.set_length(length, None, 0, 0)
         given = wan.inputs(length, self.machine.device)
         forward(*given)
-        (self._resident[length],), out = self.machine.seconds(lambda: forward(*given), 1)
-        self._expected[length] = out.cpu()
+        passes = self.machine.passes(lambda: forward(*given), 1)
+        (self._resident[length],) = passes.seconds
+        self._expected[length] = passes.last.cpu()
 
-    def _measure_length(self, way: Way, forward, row: Row) -> None:
+    def _measure_length(self, way: Way, forward, row: Row) -> float:
+        """Run passes of one length into ``row``; returns the seconds of the first one."""
         machine, length, point = self.machine, row.length, row.point
         step, block = self._resident[length], point.split.sizes.blocks[0].nbytes
         machine.set_length(length, step, point.layers, block)
@@ -237,15 +245,19 @@ class Suite:
             self.results.bandwidths.setdefault(key, []).append(machine.bandwidth(block))
         given = wan.inputs(length, machine.device)
         machine.reset_peak()
-        for _ in range(1 if step > LONG_STEP else WARM_UP):
-            out = forward(*given)
-        row.equal &= torch.equal(out.cpu(), self._expected[length])
-        del out
-        passes = self.settings.passes_of(step)
-        seconds, out = machine.seconds(lambda: forward(*given), passes)
-        row.seconds += seconds
-        row.equal &= torch.equal(out.cpu(), self._expected[length])
+        took = machine.one_pass(lambda: forward(*given))
+        first_seconds = took.whole
+        for _ in range(0 if step > LONG_STEP else WARM_UP - 1):
+            took = machine.one_pass(lambda: forward(*given))
+            row.host_seconds.append(took.queuing)
+        row.equal &= torch.equal(took.result.cpu(), self._expected[length])
+        del took
+        passes = machine.passes(lambda: forward(*given), self.settings.passes_of(step))
+        row.seconds += passes.seconds
+        row.host_seconds.append(passes.queuing)
+        row.equal &= torch.equal(passes.last.cpu(), self._expected[length])
         row.peak_device = max(row.peak_device, machine.peak() + way.device_bytes_beside())
+        return first_seconds
 
     def _out_of_time(self, what: str) -> bool:
         out = time.monotonic() > self._deadline
