@@ -56,8 +56,8 @@ class OnePass(Generic[T]):
 def import_comfy(source: Path, *flags: str):
     """Import the model code of the ComfyUI in ``source``; returns comfy.model_management.
 
-    Its start-up is left out, and with it cudaMallocAsync: PyTorch's own allocator keeps the figures
-    of memory. Nothing but torch and a handful of packages is needed (bench/README.md lists them).
+    Its start-up is left out, and with it its choice of an allocator, which is ``early``'s. Nothing
+    but torch and a handful of packages is needed (bench/README.md lists them).
     """
     sys.path.insert(0, str(source.resolve()))
     sys.path.append(str(comfy_host.STANDINS))
@@ -74,13 +74,17 @@ class Machine:
     """A CUDA device of this machine, and the ComfyUI in ``source``.
 
     ``dynamic_vram`` is why DynamicVRAM does not run here, or ``None``; comfy-aimdo, which takes
-    part in every allocation of the process, is left out unless it is ``wanted``.
+    part in every allocation of the process, is left out unless it is ``wanted``. ``allocator`` is
+    the one that this process has, by its name in ``early.ALLOCATORS``.
     """
 
     real = True
 
     def __init__(self, source: Path, wanted: bool):
         self.device = torch.device("cuda", torch.cuda.current_device())
+        names = {backend: name for name, backend in early.ALLOCATORS.items()}
+        backend = torch.cuda.get_allocator_backend()
+        self.allocator = names.get(backend, backend)
         self.dynamic_vram = _start_dynamic_vram(self.device) if wanted else "not asked for"
         self.mm = import_comfy(source)
         self.module = torch.get_device_module(self.device.type)
@@ -140,7 +144,10 @@ class Machine:
         self.module.reset_peak_memory_stats(self.device)
 
     def peak(self) -> int:
-        """Most bytes allocated on the device since ``reset_peak``."""
+        """Most bytes allocated on the device since ``reset_peak``, by the count of the allocator.
+
+        PyTorch's own keeps it, the pool of cudaMallocAsync does (its ``UsedMemHigh``).
+        """
         return self.module.max_memory_allocated(self.device)
 
     def clear(self) -> None:
@@ -164,6 +171,7 @@ class Simulated(Machine):
     """
 
     real = False
+    allocator = ""
     dynamic_vram = "not on simulated devices: comfy-aimdo drives real ones"
     FLOPS = 1e12
 
