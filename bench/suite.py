@@ -169,7 +169,7 @@ class Suite:
         self._measure_way(Resident(self.machine), weights, points[0], reference=True)
         for point in points:
             for number in range(settings.rounds):
-                for way in self._ways:
+                for way in list(self._ways):
                     what = self._name(way, point)
                     if way.does_not_take(point) is not None:
                         continue
@@ -195,12 +195,18 @@ class Suite:
             self.machine.clear()
         except Exception as error:
             message = (str(error).splitlines() or [""])[0]
-            self.results.failed.append(f"{what}: {type(error).__name__}: {message}")
-            self._say(self.results.failed[-1])
+            missing = isinstance(error, ImportError)  # a checkout that is none, a half installation
+            if missing:
+                self.results.not_at_hand[way.name] = f"not at hand: {message}"
+                self._ways.remove(way)
+            else:
+                self.results.failed.append(f"{what}: {type(error).__name__}: {message}")
+            self._say(f"{what}: {message}")
             try:
                 way.unload()
             except Exception as second:
-                self.results.failed.append(f"{what}, unloading: {second!r}")
+                if not missing:  # otherwise there is nothing that it could unload
+                    self.results.failed.append(f"{what}, unloading: {second!r}")
             error.__traceback__ = None  # it holds the model
             self.machine.clear()
 
