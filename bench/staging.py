@@ -37,6 +37,7 @@ MIB = 1 << 20
 HOME_BYTES = 512 * MIB  # about a block; two of them are more than a cache
 CHUNKS, DEPTHS = (4, 8, 16, 32, 64), (4, 8, 16)  # MiB, chunks
 ENOUGH = 0.95  # of the best rate: what a ring that is as good has
+QUIET = 0.5  # load of the machine before: above, sizes differ by who else was running
 
 
 @dataclass
@@ -183,12 +184,14 @@ def measure(
         yield list(plain.values()), ring
 
 
-def choose(ring: dict[tuple, Line], link: float) -> tuple[int, int]:
-    """The smallest ring that is near the best, with the main thread that lets go least.
+def choose(ring: dict[tuple, Line], link: float, load: float | None) -> tuple[int, int] | None:
+    """MiB and number of the chunks of the smallest ring near the best; ``None`` if too noisy.
 
     All states of the main thread count, by how far a ring is below the best of that state; of
     rings that are about as good the one with the fewest bytes is taken, then the larger chunks.
     """
+    if load is None or load > QUIET:
+        return None
     best = {
         name: max(line.best for key, line in ring.items() if key[2:] == (name, link))
         for name in MAIN_THREADS
@@ -212,7 +215,12 @@ def markdown(described: dict, plain: list[Line], ring: dict[tuple, Line], link: 
     columns = [(name, rate) for rate in (None, link) for name in MAIN_THREADS]
     facts = ", ".join(f"{key} {value}" for key, value in described.items())
     heads = [f"{name}{'' if rate is None else f', link {rate:g}'}" for name, rate in columns]
-    chunk, depth = choose(ring, link)
+    chosen = choose(ring, link, described["load before"])
+    if chosen is None:
+        verdict = f"No ring is chosen: the load before was not known to be below {QUIET}."
+    else:
+        verdict = f"The smallest ring within {1 - ENOUGH:.0%} of the best here: "
+        verdict += f"{chosen[1]} chunks of {chosen[0]} MiB."
     return "\n".join(
         [
             "# From pageable RAM through the staging ring",
@@ -237,8 +245,7 @@ def markdown(described: dict, plain: list[Line], ring: dict[tuple, Line], link: 
                 for size in dict.fromkeys(key[:2] for key in ring)
             ),
             "",
-            f"The smallest ring within {1 - ENOUGH:.0%} of the best here: {depth} chunks of "
-            f"{chunk} MiB.",
+            verdict,
         ]
     )
 
@@ -249,7 +256,7 @@ def _rate(line: Line) -> str:
 
 def as_json(described: dict, plain: list[Line], ring: dict[tuple, Line], link: float) -> dict:
     """What was measured: bytes per second, one a round."""
-    chunk, depth = choose(ring, link)
+    chosen = choose(ring, link, described["load before"])
     return {
         "machine": described,
         "home_bytes": HOME_BYTES,
@@ -264,7 +271,7 @@ def as_json(described: dict, plain: list[Line], ring: dict[tuple, Line], link: f
             }
             for (chunk, depth, name, rate), line in ring.items()
         ],
-        "chosen": {"chunk_bytes": chunk * MIB, "chunks": depth},
+        "chosen": chosen and {"chunk_bytes": chosen[0] * MIB, "chunks": chosen[1]},
     }
 
 
@@ -292,9 +299,9 @@ def main() -> int:
         "threads of torch": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
+        # Of a minute: who else was here.
+        "load before": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
     }
-    if hasattr(os, "getloadavg"):
-        described["load before"] = f"{os.getloadavg()[0]:.1f}"  # of a minute: who else was here
     args.out.mkdir(parents=True, exist_ok=True)
     for measured in measure(args.chunks, args.depths, args.link, args.rounds):
         text = markdown(described, *measured, args.link)
