@@ -28,7 +28,7 @@ export RUFF_CACHE_DIR = .cache/ruff
 RUNS := $(COMFYUI:%=host-%) $(COMFYUI:%=server-%) large $(SMOKE:%=smoke-%) \
 	$(CONTRACTS:%=contract-%) simulated peers grid host-time unit simulator
 
-.PHONY: test demo bench lint clean $(RUNS)
+.PHONY: test demo bench staging lint clean $(RUNS)
 
 test: $(READY)
 	$(MAKE) --no-print-directory --jobs=$(JOBS) --output-sync=target $(RUNS)
@@ -73,6 +73,10 @@ demo: $(READY)
 
 bench: $(READY)
 	$(PY) bench/run.py
+
+# Wants a machine that does nothing else.
+staging: $(READY)
+	$(PY) bench/staging.py
 
 lint: $(READY)
 	$(PY) -m ruff check .

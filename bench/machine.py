@@ -11,10 +11,12 @@ import platform
 import statistics
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
@@ -33,11 +35,29 @@ BANDWIDTH_COPIES = 5
 T = TypeVar("T")
 
 
+@dataclass(frozen=True)
+class Passes(Generic[T]):
+    """What some passes took, queued one behind the other."""
+
+    seconds: list[float]  # of each, on the device
+    queuing: float  # seconds of the host for the first, which finds the device idle
+    last: T  # what the last one gave
+
+
+@dataclass(frozen=True)
+class OnePass(Generic[T]):
+    """What a pass on an idle device took by the clock of the host."""
+
+    queuing: float  # seconds until it was queued
+    whole: float  # seconds until it was done on the device, too
+    result: T
+
+
 def import_comfy(source: Path, *flags: str):
     """Import the model code of the ComfyUI in ``source``; returns comfy.model_management.
 
-    Its start-up is left out, and with it cudaMallocAsync: PyTorch's own allocator keeps the figures
-    of memory. Nothing but torch and a handful of packages is needed (bench/README.md lists them).
+    Its start-up is left out, and with it its choice of an allocator, which is ``early``'s. Nothing
+    but torch and a handful of packages is needed (bench/README.md lists them).
     """
     sys.path.insert(0, str(source.resolve()))
     sys.path.append(str(comfy_host.STANDINS))
@@ -54,13 +74,17 @@ class Machine:
     """A CUDA device of this machine, and the ComfyUI in ``source``.
 
     ``dynamic_vram`` is why DynamicVRAM does not run here, or ``None``; comfy-aimdo, which takes
-    part in every allocation of the process, is left out unless it is ``wanted``.
+    part in every allocation of the process, is left out unless it is ``wanted``. ``allocator`` is
+    the one that this process has, by its name in ``early.ALLOCATORS``.
     """
 
     real = True
 
     def __init__(self, source: Path, wanted: bool):
         self.device = torch.device("cuda", torch.cuda.current_device())
+        names = {backend: name for name, backend in early.ALLOCATORS.items()}
+        backend = torch.cuda.get_allocator_backend()
+        self.allocator = names.get(backend, backend)
         self.dynamic_vram = _start_dynamic_vram(self.device) if wanted else "not asked for"
         self.mm = import_comfy(source)
         self.module = torch.get_device_module(self.device.type)
@@ -81,20 +105,29 @@ class Machine:
     def set_length(self, length, resident_step: float | None, layers: int, block: int) -> None:
         """Make ready to measure passes of ``length``; a real machine is what it is."""
 
-    def seconds(self, run: Callable[[], T], passes: int) -> tuple[list[float], T]:
-        """Seconds of each of ``passes`` calls, queued one behind the other, by device events.
-
-        Also returns what the last call did.
-        """
-        marks = [self.module.Event(enable_timing=True) for _ in range(passes + 1)]
+    def passes(self, run: Callable[[], T], number: int) -> Passes[T]:
+        """Time ``number`` calls that are queued one behind the other, by events of the device."""
+        marks = [self.module.Event(enable_timing=True) for _ in range(number + 1)]
         self.module.synchronize(self.device)
+        start, queuing = time.perf_counter(), None
         marks[0].record()
         for mark in marks[1:]:
             last = run()
+            if queuing is None:
+                queuing = time.perf_counter() - start
             mark.record()
         self.module.synchronize(self.device)
         times = [a.elapsed_time(b) / 1000 for a, b in zip(marks, marks[1:], strict=False)]
-        return times, last
+        return Passes(times, queuing, last)
+
+    def one_pass(self, run: Callable[[], T]) -> OnePass[T]:
+        """Time one call on an idle device by the clock of the host."""
+        self.module.synchronize(self.device)
+        start = time.perf_counter()
+        result = run()
+        queuing = time.perf_counter() - start
+        self.module.synchronize(self.device)
+        return OnePass(queuing, time.perf_counter() - start, result)
 
     def bandwidth(self, nbytes: int) -> float:
         """Bytes per second from page-locked host memory to the device, in copies of ``nbytes``."""
@@ -105,14 +138,16 @@ class Machine:
             target.copy_(host, non_blocking=True)
 
         copy()
-        seconds, _ = self.seconds(copy, BANDWIDTH_COPIES)
-        return nbytes / statistics.median(seconds)
+        return nbytes / statistics.median(self.passes(copy, BANDWIDTH_COPIES).seconds)
 
     def reset_peak(self) -> None:
         self.module.reset_peak_memory_stats(self.device)
 
     def peak(self) -> int:
-        """Most bytes allocated on the device since ``reset_peak``."""
+        """Most bytes allocated on the device since ``reset_peak``, by the count of the allocator.
+
+        PyTorch's own keeps it, the pool of cudaMallocAsync does (its ``UsedMemHigh``).
+        """
         return self.module.max_memory_allocated(self.device)
 
     def clear(self) -> None:
@@ -131,10 +166,12 @@ class Machine:
 class Simulated(Machine):
     """One simulated device. A length has a ratio of computing to moving a block, set on the clock.
 
-    Host memory counts as page-locked. Load time and RAM say nothing here and are not reported.
+    Host memory counts as page-locked. RAM and the times of the host say nothing here and are not
+    reported.
     """
 
     real = False
+    allocator = ""
     dynamic_vram = "not on simulated devices: comfy-aimdo drives real ones"
     FLOPS = 1e12
 

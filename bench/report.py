@@ -63,9 +63,17 @@ def as_dict(row: Row, results: Results, simulated: bool) -> dict[str, object]:
     if row.way == BlockSwapWay.name:
         out["predicted"] = predict(row.point.split, results.timing(row))
     if not simulated:
+        out["allocator"] = row.allocator
+        out["over_native"] = results.over_native(row)
         out["peak_rss_bytes"] = row.peak_rss
         out["load_seconds"] = statistics.median(row.load_seconds)
+        out["first_step_seconds"] = _median(row.first_seconds)
+        out["host_seconds"] = _median(row.host_seconds)
     return out
+
+
+def _median(values: list[float]) -> float | None:
+    return statistics.median(values) if values else None
 
 
 def quartiles(values: list[float]) -> tuple[float, float, float]:
@@ -79,6 +87,7 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
 def markdown(machine: dict, settings: Settings, results: Results) -> str:
     """All tables: one per format and length, the ways at every share below each other."""
     simulated = bool(machine["simulated"])
+    both = len(results.allocators) > 1
     facts = [f"{key} {value}" for key, value in machine.items() if key != "simulated"]
     lines = [f"# {machine['device']}", "", ", ".join(facts), ""]
     for (form, length), rows in _panels(results).items():
@@ -91,24 +100,33 @@ def markdown(machine: dict, settings: Settings, results: Results) -> str:
             f"{flops / 1e12:.3g} TFLOP/s.",
             "",
         ]
-        heads = ["swapped", "way", "step [ms]", "spread", "ratio to bound", "predicted [ms]"]
-        heads += ["equal", "device peak"]
-        heads += [] if simulated else ["RAM peak", "load [s]"]
-        lines += [f"| {' | '.join(heads)} |", "|---:|---|" + "---:|" * (len(heads) - 2)]
+        names = ["swapped", "way", *([] if simulated else ["allocator"])]
+        heads = ["step [ms]", "spread", *(["to native"] if both else []), "ratio to bound"]
+        heads += ["predicted [ms]", "equal", "device peak"]
+        heads += [] if simulated else ["RAM peak", "host [ms]", "load [s]", "first step [s]"]
+        lines.append(f"| {' | '.join(names + heads)} |")
+        lines.append("|---:|" + "---|" * (len(names) - 1) + "---:|" * len(heads))
         for row in rows:
             low, middle, high = quartiles(row.seconds)
             cells = [
                 f"{row.point.swapped} of {row.point.layers}",
                 row.way,
+                *([] if simulated else [row.allocator]),
                 f"{middle * 1e3:.4g}",
                 f"{(high - low) / middle:.1%}",
+                *([_over_native(results, row)] if both else []),
                 f"{results.ratio(row):.3f}",
                 _predicted(results, row),
                 "yes" if row.equal else "**NO**",
                 _size(row.peak_device),
             ]
             if not simulated:
-                cells += [_size(row.peak_rss), f"{statistics.median(row.load_seconds):.1f}"]
+                cells += [
+                    _size(row.peak_rss),
+                    f"{statistics.median(row.host_seconds) * 1e3:.4g}",
+                    f"{statistics.median(row.load_seconds):.1f}",
+                    f"{statistics.median(row.first_seconds):.1f}" if row.first_seconds else "",
+                ]
             lines.append(f"| {' | '.join(cells)} |")
         lines += ["", *_quotas(results, rows[0]), ""]
     for title, entries in (
@@ -127,6 +145,11 @@ def _predicted(results: Results, row: Row) -> str:
     if row.way != BlockSwapWay.name:
         return ""
     return f"{predict(row.point.split, results.timing(row)) * 1e3:.4g}"
+
+
+def _over_native(results: Results, row: Row) -> str:
+    ratio = results.over_native(row)
+    return "" if ratio is None else f"{ratio:.3f}"
 
 
 def _quotas(results: Results, row: Row) -> list[str]:
@@ -154,18 +177,23 @@ def _panels(results: Results) -> dict[tuple, list[Row]]:
     panels: dict[tuple, list[Row]] = {}
     for row in results.complete():
         panels.setdefault((row.form, row.length), []).append(row)
+    for rows in panels.values():  # processes come one after the other, but are read side by side
+        swapped = list(dict.fromkeys(row.point.swapped for row in rows))
+        ways = list(dict.fromkeys(row.way for row in rows))
+        rows.sort(key=lambda row: (swapped.index(row.point.swapped), ways.index(row.way)))
     return panels
 
 
 # ------------------------------------------------------------------------------------ the plot
 
 WIDTH, HEIGHT, MARGIN, PER_LINE = 360, 220, 50, 3
+ASIDE = ", with "  # between a way and another allocator
 
 
 def plot(results: Results) -> str:
     """An SVG of one panel per format and length: step over the share swapped, a line per way."""
     panels = list(_panels(results).items())
-    ways = list(dict.fromkeys(row.way for row in results.complete()))
+    ways = list(dict.fromkeys(_series(row) for row in results.complete()))
     across = max(1, min(PER_LINE, len(panels)))
     down = -(-len(panels) // PER_LINE)
     legend = 18 * (len(ways) + 1) + 12
@@ -191,8 +219,9 @@ def _panel(title: str, left: int, top: int, rows: list[Row], ways: list[str], re
     lines = {way: [] for way in [*ways, "bound"]}
     for row in rows:
         share = row.point.swapped / row.point.layers
-        lines[row.way].append((share, statistics.median(row.seconds) * 1e3))
-        lines["bound"].append((share, results.bound(row) * 1e3))
+        lines[_series(row)].append((share, statistics.median(row.seconds) * 1e3))
+        if row.allocator == rows[0].allocator:
+            lines["bound"].append((share, results.bound(row) * 1e3))
     highest = max(y for points in lines.values() for _, y in points) * 1.05
 
     def place(point):
@@ -215,11 +244,18 @@ def _panel(title: str, left: int, top: int, rows: list[Row], ways: list[str], re
             yield f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" fill="{colour}"/>'
 
 
+def _series(row: Row) -> str:
+    """The line that a row belongs to; those of PyTorch's own allocator have the way's name."""
+    return row.way if row.allocator in ("", "native") else f"{row.way}{ASIDE}{row.allocator}"
+
+
 def _style(way: str, ways: list[str]) -> tuple[str, str]:
     """Colour and dashes of a line."""
     if way == "bound":
         return "#bbbbbb", "5 4"
-    return COLOURS[ways.index(way) % len(COLOURS)], ""
+    names = list(dict.fromkeys(name.partition(ASIDE)[0] for name in ways))
+    name, aside, _ = way.partition(ASIDE)
+    return COLOURS[names.index(name) % len(COLOURS)], "2 2" if aside else ""
 
 
 def _line(points, colour: str, dashes: str) -> str:

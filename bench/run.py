@@ -2,6 +2,7 @@
 
     python bench/run.py                # on a GPU: the whole suite; without one: simulated devices
     python bench/run.py --quick        # few blocks, few points: minutes
+    python bench/run.py --allocator native
     python bench/run.py --simulated --limit 1.05
 
 bench/README.md says how to read the tables. Exits with 1 where this plugin is above ``--limit``
@@ -13,11 +14,15 @@ from __future__ import annotations
 import argparse
 import logging
 import math
+import pickle
 import re
+import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
-import early  # noqa: F401  comes before torch
+import early  # comes before torch
 import psutil
 import simulated_grid
 import torch
@@ -34,6 +39,8 @@ SIMULATED_LENGTHS = tuple(
 LENGTHS = ("480p-1", "480p-17", "480p-81", "720p-81")
 BLOCK_BYTES = 704 << 20  # of a 14B block in bf16, rounded up
 
+Measured = tuple[dict, Settings, Results]  # the machine, what was asked for, what came of it
+
 
 def blocks_that_fit(device_bytes: int, ram_bytes: int) -> int:
     """Blocks of 14B in bf16, at most 40: all resident beside what the longest sequence computes
@@ -45,7 +52,9 @@ def blocks_that_fit(device_bytes: int, ram_bytes: int) -> int:
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # ``early`` reads the command line, too
     )
     add = parser.add_argument
     add("--simulated", action="store_true", help="simulated devices, also where there is a GPU")
@@ -58,6 +67,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--rounds", type=int, help="how often every way is loaded, in turn (default: 3)")
     add("--passes", type=int, help="passes measured per round (default: 5)")
     add("--budget", type=float, default=math.inf, help="seconds after which nothing is begun")
+    add(
+        "--allocator",
+        choices=(*early.ALLOCATORS, "both"),
+        default="both",
+        help="PyTorch's own, cudaMallocAsync as ComfyUI has it, or a process each (the default)",
+    )
+    add("--merge", type=Path, help=argparse.SUPPRESS)  # file of a process with another allocator
     add("--comfyui", type=Path, help=f"sources of ComfyUI (default: {VERSION}, from PyPI)")
     add("--out", type=Path, default=ROOT / "bench" / "results", help="folder of the results")
     add("--limit", type=float, help="largest step / bound of this plugin allowed")
@@ -96,9 +112,12 @@ def _with_resident(ways) -> list[str]:
 
 def verdict(results: Results, limit: float | None) -> list[str]:
     """What speaks against this plugin."""
-    problems = [line for line in results.failed if BlockSwapWay.name in line]
+    problems = [
+        line for line in results.failed if BlockSwapWay.name in line or line.startswith("allocator")
+    ]
     for row in results.complete():
         where = f"{row.form}, {row.length.name}, {row.point.swapped} swapped"
+        where += f", {row.allocator}" if row.allocator else ""
         if not row.equal and row.way.startswith(BlockSwapWay.name):
             problems.append(f"{where}: {row.way} differs from the resident model")
         if limit is not None and row.way == BlockSwapWay.name and results.ratio(row) > limit:
@@ -108,23 +127,78 @@ def verdict(results: Results, limit: float | None) -> list[str]:
     return problems
 
 
+def source_of(args: argparse.Namespace) -> Path:
+    """The folder of ComfyUI's sources; ends the program where there are none."""
+    if args.comfyui is None:
+        try:
+            return comfy_host.fetch(VERSION, ROOT / ".cache")
+        except (OSError, subprocess.CalledProcessError) as error:
+            sys.exit(f"ComfyUI {VERSION} is not at hand: {error}\n--comfyui takes a folder of it")
+    if not (args.comfyui / "comfy").is_dir():
+        sys.exit(f"ComfyUI is not at hand: {args.comfyui} has no folder comfy")
+    return args.comfyui
+
+
+def measure(args: argparse.Namespace, simulated: bool) -> Measured:
+    """Measure in this process, after what ``args.merge`` holds, and keep the results so far."""
+    logging.disable(logging.WARNING)  # a peer's tables, once per load
+    source = source_of(args)
+    settings = settings_of(args, simulated)
+    machine = (Simulated if simulated else Machine)(source, "dynamic" in settings.ways)
+    if not simulated and machine.allocator != args.allocator:
+        raise RuntimeError(f"PyTorch allocates by {machine.allocator}, not by {args.allocator}")
+    measured = machine.describe(), settings, Results()
+    if args.merge is not None and args.merge.exists():
+        measured[-1].add(pickle.loads(args.merge.read_bytes())[-1])
+
+    def save(_) -> None:
+        report(args.out, measured)
+        if args.merge is not None:
+            args.merge.write_bytes(pickle.dumps(measured))
+
+    Suite(machine, settings, measured[-1]).run(save)
+    save(None)
+    return measured
+
+
+def measure_each(args: argparse.Namespace) -> Measured | None:
+    """Measure in a process per allocator, the budget shared; ``None`` if nothing came of it."""
+    end, ended = time.monotonic() + args.budget, []
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "results"
+        for number, name in enumerate(early.ALLOCATORS):
+            budget = (end - time.monotonic()) / (len(early.ALLOCATORS) - number)
+            command = [sys.executable, __file__, *sys.argv[1:], "--allocator", name]
+            command += ["--merge", str(file), "--budget", str(budget)]
+            code = subprocess.run(command, check=False).returncode
+            if code != 0:
+                ended.append(f"allocator {name}: its process ended with {code}")
+        measured = pickle.loads(file.read_bytes()) if file.exists() else None
+    if measured is None:
+        print(*ended, sep="\n", file=sys.stderr)
+    else:
+        measured[-1].failed += ended
+    return measured
+
+
+def report(folder: Path, measured: Measured) -> str:
+    """Write the results into ``folder``; returns them as Markdown."""
+    machine, settings, results = measured
+    device = "simulated" if machine["simulated"] else str(machine["device"])
+    return write(folder, re.sub(r"\W+", "-", device.lower()), machine, settings, results)
+
+
 def main() -> int:
     args = parse()
     simulated = args.simulated or not torch.cuda.is_available()
-    logging.disable(logging.WARNING)  # a peer's tables, once per load
-    source = args.comfyui or comfy_host.fetch(VERSION, ROOT / ".cache")
-    settings = settings_of(args, simulated)
-    machine = (Simulated if simulated else Machine)(source, "dynamic" in settings.ways)
-    described = machine.describe()
-    device = "simulated" if simulated else str(described["device"])
-    name = re.sub(r"\W+", "-", device.lower())
-
-    def save(results: Results) -> str:
-        return write(args.out, name, described, settings, results)
-
-    results = Suite(machine, settings).run(save)
-    print(save(results))
-    problems = verdict(results, args.limit)
+    each = not simulated and args.allocator == "both"
+    measured = measure_each(args) if each else measure(args, simulated)
+    if measured is None:
+        return 1
+    if args.merge is not None:  # the process that started this one sees to the rest
+        return 0
+    print(report(args.out, measured))
+    problems = verdict(measured[-1], args.limit)
     if simulated and not args.no_grid:
         limit = 1.05 if args.limit is None else args.limit
         worst = simulated_grid.print_grids()

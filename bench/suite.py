@@ -12,7 +12,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import model as wan
@@ -22,7 +22,7 @@ from ways import WAYS, Point, Resident, Way, sizes_of, split_with
 
 from block_swap.step_time import Timing
 
-WARM_UP = 2
+WARM_UP = 3
 LONG_STEP = 5.0  # seconds; above, a way gets one pass to warm up
 FEWEST_PASSES = 2
 
@@ -56,12 +56,20 @@ class Row:
     length: wan.Length
     point: Point
     way: str
+    allocator: str  # of the process that measured it; "" on simulated devices
     seconds: list[float] = field(default_factory=list)  # of each pass
     load_seconds: list[float] = field(default_factory=list)
+    first_seconds: list[float] = field(default_factory=list)  # from weights in RAM to a first step
+    host_seconds: list[float] = field(default_factory=list)  # to queue a pass on an idle device
     equal: bool = True  # bit for bit what the resident model gives
     peak_device: int = 0  # bytes, while running
     peak_load: int = 0  # bytes on the device, while loading
     peak_rss: int = 0
+
+    @property
+    def place(self) -> tuple:
+        """What it has in common with the row that its bound comes from."""
+        return self.form, self.length, self.point.share, self.allocator
 
 
 @dataclass
@@ -77,13 +85,18 @@ class Results:
     skipped: list[str] = field(default_factory=list)
     failed: list[str] = field(default_factory=list)
 
+    def add(self, other: Results) -> None:
+        """Take over what another process has measured."""
+        for table in fields(self):
+            mine, theirs = getattr(self, table.name), getattr(other, table.name)
+            mine.update(theirs) if isinstance(mine, dict) else mine.extend(theirs)
+
     def bandwidth(self, row: Row) -> float:
         """Bytes per second of the link, measured at the point of ``row``."""
-        return statistics.median(self.bandwidths[row.form, row.length, row.point.share])
+        return statistics.median(self.bandwidths[row.place])
 
     def resident_step(self, row: Row) -> float:
-        key = (row.form, row.length, row.point.share, Resident.name)
-        return statistics.median(self.rows[key].seconds)
+        return statistics.median(self.rows[row.place, Resident.name].seconds)
 
     def bound(self, row: Row) -> float:
         """Seconds that no way can be below: see this module."""
@@ -98,17 +111,29 @@ class Results:
         return Timing(self.resident_step(row), {"cpu": self.bandwidth(row)})
 
     def complete(self) -> list[Row]:
-        """The rows that have a bound: those whose point has a resident step."""
-        keys = {key[:3] for key in self.rows if key[3] == Resident.name}
-        return [row for key, row in self.rows.items() if key[:3] in keys]
+        """The rows that were measured and have a bound: their point has a resident step."""
+        rows = [row for row in self.rows.values() if row.load_seconds]  # the others have failed
+        places = {row.place for row in rows if row.way == Resident.name}
+        return [row for row in rows if row.place in places]
+
+    @property
+    def allocators(self) -> list[str]:
+        return list(dict.fromkeys(row.allocator for row in self.complete()))
+
+    def over_native(self, row: Row) -> float | None:
+        """The step over what it is with PyTorch's own allocator, where both were measured."""
+        native = self.rows.get(((*row.place[:3], "native"), row.way))
+        if native is None or native is row or not native.load_seconds:
+            return None
+        return statistics.median(row.seconds) / statistics.median(native.seconds)
 
 
 class Suite:
     """One run over all formats, shares, rounds, ways and lengths of ``settings``."""
 
-    def __init__(self, machine: Machine, settings: Settings):
+    def __init__(self, machine: Machine, settings: Settings, results: Results):
         self.machine, self.settings = machine, settings
-        self.results = Results()
+        self.results = results
         self._deadline = time.monotonic() + settings.budget
         self._ways: list[Way] = []
         for key in settings.ways:
@@ -119,7 +144,7 @@ class Suite:
             else:
                 self.results.not_at_hand[way.name] = reason
 
-    def run(self, save: Callable[[Results], object]) -> Results:
+    def run(self, save: Callable[[Results], object]) -> None:
         """Measure everything; ``save`` gets the results so far whenever a point is done."""
         self._save = save
         for form in self.settings.formats:
@@ -130,7 +155,6 @@ class Suite:
                 self._say(f"{form}: making the weights of {self.settings.layers} blocks")
                 self._measure_format(form, gguf)
                 self.machine.clear()
-        return self.results
 
     def _measure_format(self, form: str, gguf) -> None:
         settings = self.settings
@@ -145,8 +169,8 @@ class Suite:
         self._measure_way(Resident(self.machine), weights, points[0], reference=True)
         for point in points:
             for number in range(settings.rounds):
-                for way in self._ways:
-                    what = f"{form}, {point.swapped}/{point.layers} swapped, {way.name}"
+                for way in list(self._ways):
+                    what = self._name(way, point)
                     if way.does_not_take(point) is not None:
                         continue
                     if not self._out_of_time(f"{what}, round {number + 1}"):
@@ -171,12 +195,18 @@ class Suite:
             self.machine.clear()
         except Exception as error:
             message = (str(error).splitlines() or [""])[0]
-            self.results.failed.append(f"{what}: {type(error).__name__}: {message}")
-            self._say(self.results.failed[-1])
+            missing = isinstance(error, ImportError)  # a checkout that is none, a half installation
+            if missing:
+                self.results.not_at_hand[way.name] = f"not at hand: {message}"
+                self._ways.remove(way)
+            else:
+                self.results.failed.append(f"{what}: {type(error).__name__}: {message}")
+            self._say(f"{what}: {message}")
             try:
                 way.unload()
             except Exception as second:
-                self.results.failed.append(f"{what}, unloading: {second!r}")
+                if not missing:  # otherwise there is nothing that it could unload
+                    self.results.failed.append(f"{what}, unloading: {second!r}")
             error.__traceback__ = None  # it holds the model
             self.machine.clear()
 
@@ -192,18 +222,22 @@ class Suite:
             forward = way.load(model, point)
             machine.module.synchronize(machine.device)
             load_seconds, peak_load = time.perf_counter() - start, machine.peak()
+            ran = False
             for length in self.settings.lengths if reference else self._expected:
                 if reference:
                     self._try_reference(forward, length)
-                elif not self._out_of_time(f"{point.form}, {length.name}, {way.name}"):
+                elif not self._out_of_time(f"{self._name(way, point)}, {length.name}"):
                     row = self._row(way, point, length)
-                    self._measure_length(way, forward, row)
+                    first = self._measure_length(way, forward, row)
+                    if not ran:  # later lengths find what the first pass has left
+                        row.first_seconds.append(load_seconds + first)
+                    ran = True
                     row.load_seconds.append(load_seconds)
                     row.peak_load = max(row.peak_load, peak_load)
                     row.peak_rss = max(row.peak_rss, rss["peak"])
             remark = way.remark()
         if remark is not None and not reference:
-            remark = f"{point.form}, {point.swapped}/{point.layers} swapped, {way.name}: {remark}"
+            remark = f"{self._name(way, point)}: {remark}"
             if remark not in self.results.remarks:
                 self.results.remarks.append(remark)
         way.unload()
@@ -211,41 +245,56 @@ class Suite:
         machine.check()
 
     def _row(self, way: Way, point: Point, length: wan.Length) -> Row:
-        key = (point.form, length, point.share, way.name)
-        return self.results.rows.setdefault(key, Row(point.form, length, point, way.name))
+        row = Row(point.form, length, point, way.name, self.machine.allocator)
+        return self.results.rows.setdefault((row.place, row.way), row)
+
+    def _name(self, way: Way, point: Point) -> str:
+        """What is measured, in words."""
+        words = [point.form, f"{point.swapped}/{point.layers} swapped", way.name]
+        return ", ".join(words + self._with_allocator())
+
+    def _with_allocator(self) -> list[str]:
+        return [f"allocator {self.machine.allocator}"] if self.machine.allocator else []
 
     def _try_reference(self, forward, length: wan.Length) -> None:
         try:
             self._set_reference(forward, length)
         except torch.OutOfMemoryError:
-            self.results.failed.append(f"{length.name}: does not fit with everything resident")
+            name = ", ".join([length.name, *self._with_allocator()])
+            self.results.failed.append(f"{name}: does not fit with everything resident")
 
     def _set_reference(self, forward, length: wan.Length) -> None:
         """Learn what a length gives, and how long it takes with everything resident."""
         self.machine.set_length(length, None, 0, 0)
         given = wan.inputs(length, self.machine.device)
         forward(*given)
-        (self._resident[length],), out = self.machine.seconds(lambda: forward(*given), 1)
-        self._expected[length] = out.cpu()
+        passes = self.machine.passes(lambda: forward(*given), 1)
+        (self._resident[length],) = passes.seconds
+        self._expected[length] = passes.last.cpu()
 
-    def _measure_length(self, way: Way, forward, row: Row) -> None:
+    def _measure_length(self, way: Way, forward, row: Row) -> float:
+        """Run passes of one length into ``row``; returns the seconds of the first one."""
         machine, length, point = self.machine, row.length, row.point
         step, block = self._resident[length], point.split.sizes.blocks[0].nbytes
         machine.set_length(length, step, point.layers, block)
         if isinstance(way, Resident):  # once per round
-            key = (row.form, length, point.share)
-            self.results.bandwidths.setdefault(key, []).append(machine.bandwidth(block))
+            bandwidths = self.results.bandwidths.setdefault(row.place, [])
+            bandwidths.append(machine.bandwidth(block))
         given = wan.inputs(length, machine.device)
         machine.reset_peak()
-        for _ in range(1 if step > LONG_STEP else WARM_UP):
-            out = forward(*given)
-        row.equal &= torch.equal(out.cpu(), self._expected[length])
-        del out
-        passes = self.settings.passes_of(step)
-        seconds, out = machine.seconds(lambda: forward(*given), passes)
-        row.seconds += seconds
-        row.equal &= torch.equal(out.cpu(), self._expected[length])
+        took = machine.one_pass(lambda: forward(*given))
+        first_seconds = took.whole
+        for _ in range(0 if step > LONG_STEP else WARM_UP - 1):
+            took = machine.one_pass(lambda: forward(*given))
+            row.host_seconds.append(took.queuing)
+        row.equal &= torch.equal(took.result.cpu(), self._expected[length])
+        del took
+        passes = machine.passes(lambda: forward(*given), self.settings.passes_of(step))
+        row.seconds += passes.seconds
+        row.host_seconds.append(passes.queuing)
+        row.equal &= torch.equal(passes.last.cpu(), self._expected[length])
         row.peak_device = max(row.peak_device, machine.peak() + way.device_bytes_beside())
+        return first_seconds
 
     def _out_of_time(self, what: str) -> bool:
         out = time.monotonic() > self._deadline

@@ -253,10 +253,17 @@ class HostLowvram(Way):
 
 
 class DynamicVram(Way):
-    """ComfyUI's DynamicVRAM, held to the resident bytes by the limit of its weight buffer."""
+    """ComfyUI's DynamicVRAM, held to the resident bytes by the watermark of its weight buffer.
+
+    A weight that ends above the watermark gets no room in the buffer and comes through the cast
+    buffers in every pass (``vbar_fault`` in comfy-aimdo's model-vbar.c). The limit that can be set,
+    too, is another thing: the floor that eviction stops at. Every load lifts the watermark to the
+    top (``vbar_prioritize``), so it is set behind the load. It counts in pages, rounded up.
+    """
 
     name = "ComfyUI DynamicVRAM"
     only_bf16 = True
+    PAGE = 32 << 20  # VBAR_PAGE_SIZE
 
     def missing(self):
         return self.machine.dynamic_vram
@@ -268,16 +275,21 @@ class DynamicVram(Way):
         comfy.memory_management.aimdo_enabled = True
         inner = _Inner(model)
         patcher = comfy.model_patcher.ModelPatcherDynamic(inner, self.device, torch.device("cpu"))
+        self._patcher, self._room = patcher, point.resident_bytes
         patcher.partially_load(self.device)
-        self._patcher = patcher
-        patcher._vbar_get().set_watermark_limit(point.resident_bytes)
+        # Small weights are on the device already, outside of the buffer.
+        room = max(0, self._room - inner.model_loaded_weight_memory)
+        patcher._vbar_get().set_watermark(room // self.PAGE * self.PAGE)
         return model
 
     def remark(self):
-        return f"keeps {self._patcher.loaded_size() / 2**20:.1f} MiB on the device"
+        kept, room = self._patcher.loaded_size() / 2**20, self._room / 2**20
+        return f"keeps {kept:.1f} MiB on the device, {room:.1f} MiB are allowed"
 
     def device_bytes_beside(self):
-        return self._patcher._vbar_get().loaded_size()
+        buffers = self.machine.mm.STREAM_AIMDO_CAST_BUFFERS.values()
+        weights = self._patcher._vbar_get().loaded_size()
+        return weights + sum(buffer.size() for buffer in buffers)
 
     def unload(self):
         import comfy.memory_management
