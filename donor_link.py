@@ -103,15 +103,17 @@ class Ring:
     def copy(self, home: torch.Tensor, target: torch.Tensor, stream) -> None:
         """Queue the copy of ``home`` to ``target`` on ``stream``, the current one."""
         size = self._chunks[0].nbytes
-        for start in range(0, home.nbytes, size):
-            part = home[start : start + size]
+        # Every operation on tensors gives up the interpreter's lock, and has to get it back.
+        for part, place in zip(home.split(size), target.split(size), strict=True):
             n = self._next
             self._next = (n + 1) % len(self._chunks)
             if self._on_the_bus[n]:
                 self._left[n].synchronize()
-            chunk = self._chunks[n][: part.nbytes]
+            chunk = self._chunks[n]
+            if part.nbytes < size:
+                chunk = chunk[: part.nbytes]
             chunk.copy_(part)
-            target[start : start + size].copy_(chunk, non_blocking=True)
+            place.copy_(chunk, non_blocking=True)
             self._left[n].record(stream)
             self._on_the_bus[n] = True
 

@@ -129,13 +129,17 @@ def stage(
     main_thread: Callable[[Future], None],
 ) -> float:
     """Seconds that a ring takes for ``homes``: all that this file knows of ``donor_link.Ring``."""
-    with mock.patch.object(donor_link, "RING_CHUNKS", depth):
-        ring = donor_link.Ring(torch.zeros(chunk_bytes * depth, dtype=torch.uint8))
+    buffer = torch.zeros(chunk_bytes * depth, dtype=torch.uint8)
+    with (
+        mock.patch.object(donor_link, "RING_CHUNKS", depth),
+        mock.patch.object(donor_link.device_utils, "blocking_event", lambda _: new_event()),
+    ):
+        ring = donor_link.Ring(buffer, torch.device("cpu"), lambda: None)
     target = torch.empty(homes[0].nbytes, dtype=torch.uint8, device="meta")
     ring.submit(lambda: None, ring).result()  # the thread is there
     start = time.perf_counter()
     for home in homes:
-        last = ring.submit(partial(ring.copy, home, target, None, new_event), ring)
+        last = ring.submit(partial(ring.copy, home, target, None), ring)
     main_thread(last)
     return time.perf_counter() - start
 

@@ -23,7 +23,9 @@ from machine import Machine
 from model import import_package
 
 from block_swap.allocation_parser import parse_allocation
+from block_swap.model_patcher_patch import page_locks
 from block_swap.packed_weights import Pack
+from block_swap.page_locks import Need
 from block_swap.split import Block, ModelSizes, Split
 from block_swap.split_planner import plan_split
 from block_swap.swap_executor import BlockSwap
@@ -126,15 +128,15 @@ class BlockSwapWay(Way):
         return None
 
     def load(self, model, point):
-        mm, blocks = self.machine.mm, list(model.blocks)
+        blocks, locks = list(model.blocks), page_locks()
         packs, rest = packs_of(model)
         rest.place(self.device)
+        swap = BlockSwap(self.device, packs, {"blocks": range(len(blocks))}, locks=locks)
         self._locked = []
         for pack, home in zip(packs, point.split.homes, strict=True):
             pack.place(torch.device(home))
             if self.lock and home == "cpu":
-                self._locked.append(pack.lock(mm.pin_memory, mm.unpin_memory))
-        swap = BlockSwap(self.device, packs, {"blocks": range(len(blocks))})
+                self._locked.append(pack.lock(locks, Need.TRAVELS, swap.links.synchronize))
         swap.update(self.slots or point.split.slots)
         swap.allocate_slots()
         self._loaded = swap, packs, swap.drive(model)
