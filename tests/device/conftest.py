@@ -135,10 +135,11 @@ def session_bench(pytestconfig, tmp_path_factory):
     # The weights stay in the file's bf16, and nodes are cached by the graph alone.
     host = card.boot(source, base, nodes, ("--bf16-unet", "--cache-classic"))
     print(f"\n{card.describe()}")
-    gc.freeze()  # ComfyUI collects after every prompt: spare it going through its own modules
     bench = Bench(host, version, card)
     # What the first pass on a card takes for ever: its context, kernels, workspaces.
     bench.sample(bench.plain("small.safetensors"))
+    bench.clear()
+    gc.freeze()  # ComfyUI collects after every prompt: spare it going through its own modules
     return bench
 
 

@@ -42,9 +42,9 @@ def check(bench, plain, swapped, strengths=(0.8, 0.3)):
     """
     graphs = [lambda loader: {"1": loader}]
     graphs += [lambda loader, s=s: bench.lora(loader, s) for s in strengths]
-    graphs += graphs[:1]
     expected = [bench.sample(graph(plain)) for graph in graphs]
     bench.clear()
+    graphs, expected = [*graphs, graphs[0]], [*expected, expected[0]]
     latents = []
     for graph in graphs:
         latents.append(bench.sample(graph(swapped)))
