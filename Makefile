@@ -1,5 +1,6 @@
 # Everything lands in .cache, which git ignores.
-#   MULTIGPU_DIR=<checkout>  adds real ComfyUI-MultiGPU to the double that stands in for it
+#   MULTIGPU_DIR=<checkout>  adds real ComfyUI-MultiGPU to the double that stands in for it (in the
+#                            runs of tests/device, takes it instead)
 #   GGUF_DIR=<checkout>      takes real ComfyUI-GGUF instead of its double
 #   TORCH=<requirement>      another build of torch, with any options of pip
 #   JOBS=<number>            how many test runs go side by side, each of about 1 GiB
@@ -26,15 +27,26 @@ export RUFF_CACHE_DIR = .cache/ruff
 # One process boots one ComfyUI, so every combination is a run of its own, as are the tests that
 # want simulated devices of another size. The longest come first.
 RUNS := $(COMFYUI:%=host-%) $(COMFYUI:%=server-%) large $(SMOKE:%=smoke-%) \
-	$(CONTRACTS:%=contract-%) simulated peers grid host-time unit simulator
+	$(CONTRACTS:%=contract-%) device simulated peers grid host-time unit simulator
 
-.PHONY: test demo bench staging lint clean $(RUNS)
+.PHONY: test test-cuda demo bench staging lint clean $(RUNS)
 
 test: $(READY)
 	$(MAKE) --no-print-directory --jobs=$(JOBS) --output-sync=target $(RUNS)
 
 unit simulator simulated large: $(READY)
 	$(PYTEST) tests/$@
+
+DEVICE := tests/device $(if $(MULTIGPU_DIR),--multigpu "$(MULTIGPU_DIR)") $(GGUF)
+
+# What of the suite for real devices can be shown without one.
+device: $(READY)
+	$(PYTEST) $(DEVICE) --card simulated
+
+# Fails where torch finds no CUDA device: nothing was tested then. It needs nothing of the network
+# once .cache is there; without the venv: python3 -m pytest -q tests/device --card cuda
+test-cuda: $(READY)
+	$(PYTEST) $(DEVICE) --card cuda
 
 # The versions also load the two custom nodes in either order.
 $(COMFYUI:%=host-%): host-%: $(READY)

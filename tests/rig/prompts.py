@@ -74,16 +74,17 @@ def probe(latent, key):
     return {"class_type": "ProbeLatent", "inputs": {"latent": [latent, 0], "key": key}}
 
 
-def guided(nodes, model, seed, steps, positive="20", key="out"):
+def guided(nodes, model, seed, steps, positive="20", key="out", latent=EMPTY_LATENT):
     """`nodes`, and sampling with classifier-free guidance of the node `model`: two passes a step.
 
-    Ids from 20 on are taken by this function; `positive` names another positive conditioning.
+    Ids from 20 on are taken by this function; `positive` names another positive conditioning, and
+    `latent` is the node to start from.
     """
     return {
         **nodes,
         "20": conditioning(1, 16),
         "21": conditioning(2, 17),
-        "22": EMPTY_LATENT,
+        "22": latent,
         "23": sampler(model, positive, "21", "22", seed, steps, cfg=5.0),
         "24": probe("23", key),
     }

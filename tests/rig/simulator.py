@@ -307,12 +307,14 @@ clock = Clock()
 
 @dataclass(frozen=True)
 class Copy:
-    """One copy between two devices: their names, the bytes moved, the stream it ran on."""
+    """One copy between two devices: their names, the bytes moved, the stream it ran on, and whether
+    its end in host memory, if it has one, was page-locked."""
 
     source: str
     destination: str
     nbytes: int
     stream: Stream
+    pinned: bool
 
 
 class Ledger:
@@ -482,18 +484,26 @@ class PageLocking:
 
     def lock(self, tensor: torch.Tensor) -> bool:
         """Page-lock the memory of a tensor on the CPU, until `unlock`."""
-        self._locked[tensor.data_ptr()] = tensor.data_ptr() + tensor.nbytes
+        self.lock_range(tensor.data_ptr(), tensor.nbytes)
         return True
 
     def unlock(self, tensor: torch.Tensor) -> None:
-        del self._locked[tensor.data_ptr()]
+        self.unlock_range(tensor.data_ptr())
+
+    def lock_range(self, start: int, nbytes: int) -> None:
+        """Page-lock `nbytes` from the address `start` on, until `unlock_range(start)`."""
+        self._locked[start] = start + nbytes
+
+    def unlock_range(self, start: int) -> None:
+        del self._locked[start]
 
     def blocks(self, tensor: torch.Tensor) -> bool:
         """Whether a copy from `tensor` blocks the host."""
+        if not self.enforced:
+            return False
         start = tensor.data_ptr()
         end = start + tensor.nbytes
-        held = any(first <= start and end <= last for first, last in self._locked.items())
-        return self.enforced and not held
+        return not any(first <= start and end <= last for first, last in self._locked.items())
 
 
 page_locking = PageLocking()
@@ -885,10 +895,11 @@ def _copy(destination: torch.Tensor, source: torch.Tensor, non_blocking: bool) -
             stream.wait_stream(partner)
         point = _enqueue("copy_", stream, reads, writes)
         clock.transfer(stream, origin, to, nbytes)
-        ledger.copies.append(Copy(origin, to, nbytes, stream))
+        pinned = partner is not None or not page_locking.blocks(source if up else destination)
+        ledger.copies.append(Copy(origin, to, nbytes, stream, pinned))
         if partner is not None:
             partner.wait_stream(stream)
-        elif not non_blocking or (up and page_locking.blocks(source)):
+        elif not non_blocking or (up and not pinned):
             stream.synchronize()
         elif down:
             _host_memory.add(destination, point)
