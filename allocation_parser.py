@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from fractions import Fraction
 
@@ -19,11 +19,13 @@ MIB = 1 << 20
 KIB = 1 << 10
 
 CPU = "cpu"
+AUTO = "auto"
 
 GRAMMAR = (
     "Write 'device,amount' entries separated by ';'. Amounts are all bytes (2.5gb, 512mb), all "
-    "ratios of the model (25%), or all fractions of each device's memory (0.5). One entry may be "
-    "'*': it takes the rest. Example: cuda:0,2.5gb;cpu,*"
+    "ratios of the model (25%), or all fractions of each device's memory (0.5). 'auto' among them "
+    "is what is free there. One entry may be '*': it takes the rest. "
+    "Example: cuda:0,2.5gb;cpu,* or cuda:0,auto;cpu,*"
 )
 
 # Digits are spelled out: \d and float() would also take digits of other scripts, and a bounded
@@ -56,22 +58,28 @@ class Entry:
     """One ``device,amount`` of an allocation string.
 
     ``amount`` is in the unit of the allocation's mode: bytes, percent, or a fraction of the
-    device's memory; ``None`` where ``*`` was written. A ``wildcard`` takes whatever is left; one
-    with an amount, the CPU where no ``*`` was written, takes that in its turn first.
+    device's memory; ``None`` where ``*`` or ``auto`` was written. A ``wildcard`` takes whatever is
+    left; one with an amount, the CPU where no ``*`` was written, takes that in its turn first.
+    ``auto`` is as much as is free on the device when the model is loaded.
     """
 
     device: str
     amount: Fraction | None
     wildcard: bool = False
+    auto: bool = False
 
 
 @dataclass(frozen=True)
 class Quota:
-    """The most bytes of weights that a device may hold; ``None``: no limit was given."""
+    """The most bytes of weights that a device may hold; ``None``: no limit was given.
+
+    ``auto``: nobody wrote that number, it is what was free.
+    """
 
     device: str
     nbytes: int | None
     wildcard: bool = False
+    auto: bool = False
 
 
 @dataclass(frozen=True)
@@ -89,18 +97,29 @@ class Allocation:
     entries: tuple[Entry, ...]
     virtual_vram: int = 0
 
-    def quotas(self, model_bytes: int, device_memory: Mapping[str, int]) -> tuple[Quota, ...]:
+    @property
+    def auto_devices(self) -> tuple[str, ...]:
+        """The devices whose amount is ``auto``."""
+        return tuple(entry.device for entry in self.entries if entry.auto)
+
+    def quotas(
+        self,
+        model_bytes: int,
+        device_memory: Mapping[str, int],
+        spare: Mapping[str, int] | None = None,
+    ) -> tuple[Quota, ...]:
         """The entries as byte quotas for a model of ``model_bytes``, in the order written.
 
         ``device_memory`` maps device names to their total memory in bytes; it is read in fraction
-        and virtual VRAM mode only. A compute device that the string does not name has no quota.
+        and virtual VRAM mode only. ``spare`` maps the ``auto_devices`` to the bytes that they have
+        for weights. A compute device that the string does not name has no quota.
 
         Raises:
             AllocationError: the memory of a device is needed, and its backend does not tell it.
         """
         if self.mode in (Mode.FRACTION, Mode.VIRTUAL_VRAM):
             for entry in self.entries:
-                if not entry.wildcard and not device_memory[entry.device]:
+                if not entry.wildcard and not entry.auto and not device_memory[entry.device]:
                     raise AllocationError(
                         f"Allocation {_quote(self.source)}: how much memory {entry.device} has is "
                         f"not known here. Give bytes or a ratio. {GRAMMAR}"
@@ -119,9 +138,11 @@ class Allocation:
             units = {e.device: unit for e in self.entries}
 
         def in_bytes(entry: Entry) -> int | None:
+            if entry.auto:
+                return max(0, spare[entry.device])
             return None if entry.amount is None else int(entry.amount * units[entry.device])
 
-        return tuple(Quota(e.device, in_bytes(e), e.wildcard) for e in self.entries)
+        return tuple(Quota(e.device, in_bytes(e), e.wildcard, e.auto) for e in self.entries)
 
 
 def parse_allocation(
@@ -191,8 +212,10 @@ class _Reader:
             device = self.device(name, where)
             if any(device == entry.device for entry in entries):
                 raise self.error(f"{device} is given twice", where)
-            amount, mode = self.amount(value.strip().lower(), where)
-            entry = Entry(device, amount, wildcard=amount is None)
+            value = value.strip().lower()
+            auto = value == AUTO
+            amount, mode = (None, None) if auto else self.amount(value, where)
+            entry = Entry(device, amount, wildcard=amount is None and not auto, auto=auto)
             if entry.wildcard and any(other.wildcard for other in entries):
                 raise self.error("there is more than one '*'", where)
             if mode is not None:
@@ -202,7 +225,11 @@ class _Reader:
             mixed = " and ".join(f"{where} is {mode.value}" for mode, where in modes.items())
             raise self.error(f"the amounts are mixed, {mixed}")
         mode = next(iter(modes), Mode.BYTES)
-        if mode is Mode.RATIO and len(entries) > 1 and not any(e.wildcard for e in entries):
+        if (
+            mode is Mode.RATIO
+            and len(entries) > 1
+            and not any(e.wildcard or e.auto for e in entries)
+        ):
             entries = self.normalised(entries)
         return mode, entries
 
@@ -262,7 +289,7 @@ def _with_wildcard(entries: list[Entry]) -> tuple[Entry, ...]:
     if any(entry.wildcard for entry in entries):
         return tuple(entries)
     if any(entry.device == CPU for entry in entries):
-        return tuple(Entry(e.device, e.amount, wildcard=e.device == CPU) for e in entries)
+        return tuple(replace(e, wildcard=e.device == CPU) for e in entries)
     return (*entries, Entry(CPU, None, wildcard=True))
 
 

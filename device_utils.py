@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import re
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -22,6 +23,10 @@ _INDEXED_FAMILIES = {
     "corex": None,
 }
 
+
+# How torch's allocators say what they could not give.
+_TRIED = re.compile(r"Tried to allocate ([0-9.]+) (KiB|MiB|GiB|bytes)")
+_IEC = {"bytes": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
 # Where Linux tells a container what it may use, in both versions of its control groups: limit, use,
 # and what that is made of.
@@ -119,6 +124,50 @@ def used_memory(name: str) -> int:
     if hasattr(module, "memory_reserved"):
         return module.memory_reserved(device)
     return 0
+
+
+def free_memory(name: str) -> int:
+    """Bytes that tensors may still take on a device; 0 where its backend does not tell."""
+    device = torch_device(name)
+    if device.type == "cpu":
+        return ram()[0]
+    module = _family_module(device.type)
+    if not hasattr(module, "mem_get_info"):
+        return max(0, total_memory(name) - used_memory(name))
+    cached = 0
+    if hasattr(module, "memory_reserved"):
+        cached = module.memory_reserved(device) - module.memory_allocated(device)
+    return module.mem_get_info(device)[0] + cached
+
+
+def allocated_memory(device: torch.device) -> int | None:
+    """Bytes of this process's tensors on a device; ``None`` where its allocator does not tell."""
+    module = None if device.type == "cpu" else _family_module(device.type)
+    return module.memory_allocated(device) if hasattr(module, "memory_allocated") else None
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Let ``peak_memory`` begin anew, where the allocator knows one."""
+    module = None if device.type == "cpu" else _family_module(device.type)
+    if hasattr(module, "reset_peak_memory_stats"):
+        module.reset_peak_memory_stats(device)
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """The most bytes of this process's tensors on a device since ``reset_peak_memory``."""
+    module = None if device.type == "cpu" else _family_module(device.type)
+    return module.max_memory_allocated(device) if hasattr(module, "max_memory_allocated") else None
+
+
+def missing_memory(error: BaseException) -> int | None:
+    """Bytes that an out-of-memory error of a device's allocator asked for; 0 if it does not say.
+
+    ``None`` for any other error.
+    """
+    if not isinstance(error, torch.OutOfMemoryError):
+        return None
+    match = _TRIED.search(str(error))
+    return int(float(match[1]) * _IEC[match[2]]) if match else 0
 
 
 def ram() -> tuple[int, int]:

@@ -16,8 +16,6 @@ from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
 from types import ModuleType
 
-import psutil
-
 from . import device_utils
 from .allocation_parser import GIB
 from .distorch2_patch import distorch2_nodes, patchers_of
@@ -288,7 +286,8 @@ class RamWatch:
         self._limit = RAM_THRESHOLD
 
     def is_short(self) -> bool:
-        percent = psutil.virtual_memory().percent
+        available, total = device_utils.ram()
+        percent = 100 * (1 - available / total)
         if percent < RAM_THRESHOLD - RAM_HYSTERESIS:
             self._limit = RAM_THRESHOLD
         if percent <= self._limit:

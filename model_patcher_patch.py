@@ -9,18 +9,21 @@ from __future__ import annotations
 import functools
 import logging
 import sys
+import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
 from contextvars import ContextVar
 
 import torch
 
-from . import device_utils
-from .allocation_parser import Allocation, parse_allocation
+from . import device_utils, step_time
+from .allocation_parser import AUTO, CPU, Allocation, parse_allocation
 from .model_blocks import block_lists, is_wan, modules_beside
 from .packed_weights import copy_of
 from .page_locks import PageLocks, Pinning, lockable
+from .pass_memory import SPATIAL, TEMPORAL, PassKind, PassMemory, Room
 from .patch_table import Patch
+from .split import format_bytes
 from .swap_executor import running_on
 from .swapped_model import SwappedModel
 
@@ -96,9 +99,84 @@ def _state(patcher) -> SwappedModel:
         state.unload(patcher.offload_device, donors_too=True)
         state = None
     if state is None:
-        state = SwappedModel(patcher.model, read_allocation(patcher), page_locks())
+        model = weakref.ref(patcher.model)
+
+        def learn(shape, nbytes: int) -> None:
+            pass_memory.learn(_kind_of(model(), shape), nbytes)
+
+        state = SwappedModel(patcher.model, read_allocation(patcher), page_locks(), learn)
         setattr(patcher.model, STATE, state)
     return state
+
+
+# What passes were seen to need, as long as the process lives.
+pass_memory = PassMemory()
+
+# On an inner model: the kind of pass that ComfyUI has last asked the memory of.
+ASKED = "_distorch2_asked"
+
+# What ComfyUI wants to have free beside the weights for the load that is going on, in bytes.
+_wanted_free: ContextVar[float] = ContextVar("wanted_free", default=0.0)
+
+
+def _kind_of(model, shape) -> PassKind:
+    return PassKind.of(type(model.diffusion_model).__name__, model.get_dtype(), shape)
+
+
+def memory_required(wrapped, model, args, kwargs):
+    """What a pass needs beside the weights: for ``auto``, what it was seen to need."""
+    estimate = wrapped(*args, **kwargs)
+    if not allocation_text(model) or not block_lists(diffusion_model_of(model)):
+        return estimate
+    kind = _kind_of(model, kwargs["input_shape"] if "input_shape" in kwargs else args[0])
+    setattr(model, ASKED, kind)
+    return pass_memory.need(kind, estimate) if AUTO in allocation_text(model).lower() else estimate
+
+
+def _room_for_weights(patcher, state: SwappedModel, extra_memory: float) -> Room:
+    """What the compute device has for weights once the next pass has what it needs.
+
+    ``extra_memory`` is ComfyUI's answer: at least a part of what is free (two fifths of it), as its
+    estimates may be too high. Where the need is known that is no longer good enough.
+    """
+    import comfy.model_management as mm
+
+    model, held = patcher.model, state.compute_bytes()
+    free = mm.get_free_memory(patcher.load_device) + held
+    kind = model.__dict__.pop(ASKED, None)
+    formats = getattr(model, "latent_format", None)
+    what = "" if kind is None else kind.describe(*_downscaling(formats))
+    if kind is not None and pass_memory.knows(kind):
+        # For ``auto`` ComfyUI was told, and has added what ControlNets and the like will need.
+        known = _wanted_free.get() if state.is_auto else pass_memory.need(kind, 0)
+        need = max(mm.minimum_inference_memory(), known + mm.extra_reserved_memory())
+        return Room(free, need, what)
+    if extra_memory >= EVERYTHING:
+        return Room(free, mm.minimum_inference_memory(), what)
+    return Room(free, free - held - extra_memory, what)
+
+
+def _downscaling(latent_format) -> tuple[int, int]:
+    """Pixels and frames of one latent position; ComfyUI knows them for most formats."""
+    spatial = getattr(latent_format, "spacial_downscale_ratio", SPATIAL)
+    temporal = getattr(latent_format, "temporal_downscale_ratio", 1)
+    return spatial, temporal if temporal > 1 else TEMPORAL
+
+
+def _warn_if_too_little_is_left(state: SwappedModel, room: Room) -> None:
+    """Before the first step, once for every cause: a typed quota leaves the video too little."""
+    short = state.split.compute_bytes - room.nbytes
+    device = state.split.compute_device
+    if state.is_auto or short <= 0 or device == CPU or not room.what:
+        return
+    if state.warned_of != (room.what, state.split):
+        state.warned_of = (room.what, state.split)
+        logger.warning(
+            f"[MultiGPU] block swap: {room.what} may need {format_bytes(int(room.need))} of "
+            f"{device}, and {format_bytes(state.split.compute_bytes)} of weights leave "
+            f"{format_bytes(short)} too little of it: type {device},"
+            f"{step_time.as_amount_within(room.nbytes)} or less, or {device},auto"
+        )
 
 
 @functools.cache
@@ -159,6 +237,9 @@ def _load(patcher, device_to, extra_memory=0, force_patch_weights=False, **_):
         # Weights are unpatched where they lie: no device is named, so nothing moves.
         patcher.unpatch_model(None, unpatch_weights=changed)
         patcher.patch_model(load_weights=False)
+        room = _room_for_weights(patcher, state, extra_memory)
+        state.fit(room)
+        _warn_if_too_little_is_left(state, room)
         try:
             state.load(model)
             if model.current_weight_patches_uuid is None:
@@ -173,6 +254,7 @@ def _load(patcher, device_to, extra_memory=0, force_patch_weights=False, **_):
         model.device = device_to
         model.current_weight_patches_uuid = patcher.patches_uuid
         model.model_loaded_weight_memory = state.compute_bytes()
+        state.note_memory()
         for callback in patcher.get_all_callbacks(CallbacksMP.ON_LOAD):
             callback(patcher, device_to, extra_memory, force_patch_weights, True)
         patcher.apply_hooks(patcher.forced_hooks, force_apply=True)
@@ -231,12 +313,31 @@ EVERYTHING = 1e29
 
 def free_memory(wrapped, instance, args, kwargs):
     """Who needs room on one device gains nothing from blocks that leave another."""
-    memory_required = kwargs["memory_required"] if "memory_required" in kwargs else args[0]
+
+    def bind(memory_required, device, keep_loaded=(), **_):
+        return memory_required, device, keep_loaded
+
+    memory_required, device, keep_loaded = bind(*args, **kwargs)
+    if memory_required < EVERYTHING:
+        _give_back_spare(memory_required, device, keep_loaded)
     token = _donors_stay.set(memory_required < EVERYTHING)
     try:
         return wrapped(*args, **kwargs)
     finally:
         _donors_stay.reset(token)
+
+
+def _give_back_spare(memory_required: float, device, keep_loaded) -> None:
+    """Before others are evicted, ``auto`` gives back what it has taken and gains no time by."""
+    import comfy.model_management as mm
+
+    for loaded in mm.current_loaded_models:
+        if loaded.device != device or loaded.model is None or loaded in keep_loaded:
+            continue
+        state = getattr(loaded.model.model, STATE, None)
+        missing = memory_required - mm.get_free_memory(device)
+        if missing > 0 and state is not None and state.loaded:
+            state.give_back_spare(int(missing), loaded.model.offload_device)
 
 
 def unpatch_model(wrapped, patcher, args, kwargs):
@@ -329,7 +430,7 @@ def model_memory_required(wrapped, loaded_model, args, kwargs):
     if not is_swapped_here(patcher):
         return wrapped(*args, **kwargs)
     state = _state(patcher)
-    return max(0, state.split.compute_bytes - state.compute_bytes())
+    return max(0, state.wanted_bytes - state.compute_bytes())
 
 
 def model_memory(wrapped, loaded_model, args, kwargs):
@@ -354,11 +455,19 @@ def _load_models_gpu(original):
     ``original`` is ComfyUI's, which computes with ``model_memory_required``.
     """
 
+    def wanted(models, memory_required=0, force_patch_weights=False, minimum_memory_required=None):
+        return memory_required if minimum_memory_required is None else minimum_memory_required
+
     def load_models_gpu(wrapped, instance, args, kwargs):
         models = kwargs["models"] if "models" in kwargs else args[0]
-        if any(hasattr(m, "model") and is_swapped_here(m) for m in models):
+        if not any(hasattr(m, "model") and is_swapped_here(m) for m in models):
+            return wrapped(*args, **kwargs)
+        known = {name: value for name, value in kwargs.items() if name != "force_full_load"}
+        token = _wanted_free.set(wanted(*args[:4], **known))
+        try:
             return original(*args, **kwargs)
-        return wrapped(*args, **kwargs)
+        finally:
+            _wanted_free.reset(token)
 
     return load_models_gpu
 
@@ -386,5 +495,6 @@ def patches(host_load_models_gpu: Callable) -> list[Patch]:
         Patch(manager, "LoadedModel.model_memory_required", model_memory_required),
         Patch(manager, "LoadedModel.model_memory", model_memory),
         Patch(manager, "free_memory", free_memory),
+        Patch("comfy.model_base", "BaseModel.memory_required", memory_required),
         Patch(manager, "load_models_gpu", loading),
     ]

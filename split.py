@@ -35,6 +35,11 @@ class ModelSizes:
         return self.blocks + self.embeddings
 
     @property
+    def largest_block(self) -> int:
+        """Bytes of the largest block."""
+        return max(block.nbytes for block in self.blocks)
+
+    @property
     def total_bytes(self) -> int:
         """Bytes of all weights."""
         return self.non_block_bytes + sum(part.nbytes for part in self.parts)
@@ -101,7 +106,8 @@ class Split:
     def table(self) -> str:
         """The split as the text that is printed once per load."""
         quotas = {quota.device: quota for quota in self.quotas}
-        row = "  {:<10} {:<8} {:>11} {:>7} {:>11}".format
+        width = max(11, *(len(_quota_text(quota)) for quota in self.quotas), 0)
+        row = f"  {{:<10}} {{:<8}} {{:>{width}}} {{:>7}} {{:>11}}".format
         lines = [
             f"Block swap of {self.allocation.source}",
             row("device", "role", "quota", "blocks", "placed"),
@@ -153,4 +159,5 @@ def _quota_text(quota: Quota | None) -> str:
         return "none given"
     if quota.nbytes is None:
         return "the rest"
-    return format_bytes(quota.nbytes) + (" +" if quota.wildcard else "")
+    text = format_bytes(quota.nbytes) + (" +" if quota.wildcard else "")
+    return f"auto {text}" if quota.auto else text

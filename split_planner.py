@@ -7,7 +7,7 @@ the same input always gives the same split.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import combinations
 
@@ -16,15 +16,19 @@ from .split import ModelSizes, Split, format_bytes
 
 
 def plan_split(
-    allocation: Allocation, sizes: ModelSizes, device_memory: Mapping[str, int]
+    allocation: Allocation,
+    sizes: ModelSizes,
+    device_memory: Mapping[str, int],
+    spare: Mapping[str, int] | None = None,
 ) -> Split:
     """Decide the home of every block and embedding.
 
     Quotas are filled in the order written and never exceeded, except for the wildcard's and
     except that the compute device always gets the floor: non-block weights and slots.
-    ``device_memory`` maps device names to their total bytes.
+    ``device_memory`` maps device names to their total bytes, ``spare`` those whose amount is
+    ``auto`` to the bytes that they have for weights.
     """
-    quotas = allocation.quotas(sizes.total_bytes, device_memory)
+    quotas = allocation.quotas(sizes.total_bytes, device_memory, spare)
     compute = allocation.compute_device
     if compute == CPU:
         return Split(allocation, sizes, quotas, (CPU,) * len(sizes.parts), slots=0)
@@ -37,6 +41,55 @@ def plan_split(
     split = Split(allocation, sizes, quotas, homes_by_index, slots)
     notes = (*_floor_note(split, room), *_overflow_note(split), *_memory_note(split, device_memory))
     return Split(allocation, sizes, quotas, homes_by_index, slots, notes)
+
+
+def refit_split(split: Split, wanted: Split) -> Split:
+    """``wanted`` with as few blocks moved from where ``split`` has them as its bytes allow.
+
+    Both are splits of one model by one allocation, for other amounts of memory. Blocks leave the
+    compute device, or return to it, where that spreads the swapped ones most evenly. ``wanted``
+    itself, where the embeddings move or the number of slots changes.
+    """
+    sizes, compute, count = split.sizes, split.compute_device, len(split.sizes.blocks)
+    if split.homes[count:] != wanted.homes[count:] or split.slots != wanted.slots:
+        return wanted
+    homes, limit = list(split.homes), wanted.compute_bytes
+
+    def fitted() -> Split:
+        return replace(wanted, homes=tuple(homes))
+
+    def gaps(index: int) -> tuple[int, int]:
+        """Distances to the other swapped blocks before and behind, around the end of the pass."""
+        others = [i for i in range(count) if homes[i] != compute and i != index]
+        before = min(((index - i) % count for i in others), default=count)
+        return before, min(((i - index) % count for i in others), default=count)
+
+    while fitted().compute_bytes > limit:
+        resident = [i for i in range(count) if homes[i] == compute]
+        index = max(resident, key=lambda i: min(gaps(i)))
+        donor = donor_with_room(fitted(), sizes.blocks[index].nbytes)
+        if donor is None:
+            return wanted
+        homes[index] = donor
+    while True:
+        swapped = [i for i in range(count) if homes[i] != compute]
+        if len(swapped) <= 1:
+            return fitted()
+        index = min(swapped, key=lambda i: sum(gaps(i)))
+        before, homes[index] = homes[index], compute
+        if fitted().compute_bytes > limit:
+            homes[index] = before
+            return fitted()
+
+
+def donor_with_room(split: Split, nbytes: int) -> str | None:
+    """The first donor whose quota has room for ``nbytes``, the wildcard's last."""
+    donors = [quota for quota in split.quotas if quota.device != split.compute_device]
+    for quota in sorted(donors, key=lambda quota: quota.wildcard):
+        has_room = quota.nbytes is None or split.bytes_on(quota.device) + nbytes <= quota.nbytes
+        if quota.wildcard or has_room:
+            return quota.device
+    return None
 
 
 @dataclass(frozen=True)
@@ -241,7 +294,10 @@ def _floor_note(split: Split, room: _Room) -> tuple[str, ...]:
     if not named or room.holds(split.compute_bytes):
         return ()
     quota, needed = format_bytes(room.compute_bytes or 0), format_bytes(split.compute_bytes)
-    note = f"below the floor: {split.compute_device} has a quota of {quota}, "
+    what = (
+        "is to hold" if split.compute_device in split.allocation.auto_devices else "has a quota of"
+    )
+    note = f"below the floor: {split.compute_device} {what} {quota}, "
     return (f"{note}the model runs with {needed} of non-block weights and slots",)
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from .allocation_parser import GIB, MIB, Allocation, Entry, Mode
 from .split import Split
-from .split_planner import plan_split
+from .split_planner import donor_with_room, plan_split
 
 # Passes until the schedule repeats; the order of copies goes on from one pass to the next.
 WARM_UP = 4
@@ -129,7 +129,7 @@ def _exchanges(split: Split) -> Iterator[Split]:
     if 0 < split.slots < least + 2:
         for index in blocks:
             if split.homes[index] == compute:
-                donor = _donor_with_room(split, split.sizes.blocks[index].nbytes)
+                donor = donor_with_room(split, split.sizes.blocks[index].nbytes)
                 if donor is not None:
                     yield from _within(split, index, donor, split.slots + 1)
 
@@ -139,16 +139,6 @@ def _within(split: Split, index: int, home: str, slots: int) -> Iterator[Split]:
     other = replace(split, homes=homes, slots=slots)
     if other.swapped and other.compute_bytes <= split.compute_bytes:
         yield other
-
-
-def _donor_with_room(split: Split, nbytes: int) -> str | None:
-    for quota in split.quotas:
-        room = quota.wildcard or quota.nbytes is None
-        if not room:
-            room = split.bytes_on(quota.device) + nbytes <= quota.nbytes
-        if room and quota.device != split.compute_device:
-            return quota.device
-    return None
 
 
 def cheapest_quota(split: Split, timing: Timing) -> Split | None:
@@ -171,8 +161,8 @@ def cheapest_quota(split: Split, timing: Timing) -> Split | None:
     return other
 
 
-def report(split: Split, timing: Timing) -> str:
-    """One line about a timed pass: what it costs, and what would cost nothing."""
+def report(split: Split, timing: Timing, cheapest: Split | None) -> str:
+    """One line about a timed pass: what it costs, and what would cost nothing (``cheapest``)."""
     seconds = predict(split, timing)
     links = ", ".join(
         f"{donor} {bandwidth / 1e9:.1f} GB/s" for donor, bandwidth in timing.bandwidth.items()
@@ -183,11 +173,18 @@ def report(split: Split, timing: Timing) -> str:
     )
     if links:
         line += f" ({links})"
-    cheapest = cheapest_quota(split, timing)
     if cheapest is not None:
         quota = f"{split.compute_device},{as_amount(cheapest.compute_bytes)}"
         line += f"; a quota of {quota} would cost no time"
     return line
+
+
+def as_amount_within(nbytes: int) -> str:
+    """The largest amount of an allocation string that ``nbytes`` hold, with three figures or so."""
+    if nbytes < GIB:
+        return f"{nbytes // MIB}mb"
+    hundredths = nbytes * 100 // GIB
+    return f"{hundredths // 100}.{hundredths % 100:02}gb"
 
 
 def as_amount(nbytes: int) -> str:

@@ -10,6 +10,7 @@ import functools
 import logging
 import sys
 import threading
+import traceback
 import types
 import weakref
 from collections import Counter
@@ -18,6 +19,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 
 import torch
 
+from . import device_utils
 from .device_utils import on_device, stream_module, synchronize
 from .donor_link import Links, Slot, Use
 from .packed_weights import Pack, ordinary_tensors
@@ -88,6 +90,9 @@ class BlockSwap:
         self._earlier = None  # the mark that ended the last pass
         self._last_slot: dict[int, Slot] = {}
         self._said = False
+        self._on_peak: Callable[[object, int], None] | None = None
+        self._on_missing: Callable[[int], bool] | None = None
+        self._watched: object = None  # the shape of the pass whose peak is wanted
         self._views: dict[str, BlockList | _SwappedModule] = {}
         self._inside = ExitStack()
         # Slots and homes must outlive the copies that are still on their way.
@@ -201,12 +206,36 @@ class BlockSwap:
         def entry(*args, **kwargs):
             model = reference()
             shape = next((a.shape for a in args if isinstance(a, torch.Tensor)), None)
-            with self.forward_pass(model, shape) if driving else nullcontext():
-                if replaced is not None:
-                    return replaced(*args, **kwargs)
-                return method(model, *args, **kwargs)
+            while True:
+                try:
+                    with self.forward_pass(model, shape) if driving else nullcontext():
+                        if replaced is not None:
+                            return replaced(*args, **kwargs)
+                        return method(model, *args, **kwargs)
+                except Exception as error:
+                    # What the method computes is a function of its inputs: it can run again.
+                    if replaced is not None or not self._find_room(model, error):
+                        raise
 
         return entry
+
+    def _find_room(self, model: torch.nn.Module, error: Exception) -> bool:
+        """Whether ``error`` is the allocator's and room was made: what failed may run again."""
+        missing = device_utils.missing_memory(error)
+        if missing is None or self._on_missing is None:
+            return False
+        self._release_slots()
+        self._timer = None
+        self._trace, self._cursor = [], 0
+        if not self._on_missing(missing):
+            return False
+        # The frames of what failed hold its tensors.
+        traceback.clear_frames(error.__traceback__)
+        error.__traceback__ = error.__context__ = None
+        device_utils.reset_peak_memory(self.compute_device)
+        if self._depth:
+            self._hang_views(model)
+        return True
 
     @contextmanager
     def forward_pass(self, model: torch.nn.Module, shape: object = None) -> Iterator[None]:
@@ -234,15 +263,19 @@ class BlockSwap:
             self._count_pass(shape)
             self._trace = []
             self._cursor = 0
-            self._views = {
-                name: BlockList(self, model._modules[name], indices)
-                for name, indices in self._lists.items()
-            }
-            for name, index in self._embeddings.items():
-                if index in self._swapped:
-                    self._views[name] = _SwappedModule(self, model._modules[name], index)
-            model.__dict__.update(self._views)
+            self._hang_views(model)
             self._inside = inside.pop_all()
+
+    def _hang_views(self, model: torch.nn.Module) -> None:
+        """Let the model's own code meet views that bring blocks and swapped embeddings in."""
+        self._views = {
+            name: BlockList(self, model._modules[name], indices)
+            for name, indices in self._lists.items()
+        }
+        for name, index in self._embeddings.items():
+            if index in self._swapped:
+                self._views[name] = _SwappedModule(self, model._modules[name], index)
+        model.__dict__.update(self._views)
 
     def _close(self, model: torch.nn.Module, completed: bool) -> None:
         with self._inside:
@@ -250,15 +283,43 @@ class BlockSwap:
                 model.__dict__.pop(name, None)
             self._views = {}
             self._stop_timer(completed)
-            for slot in self._slots:
-                for use in list(slot.uses):
-                    self.release(use)
+            self._release_slots()
             self._cursor = 0
+            self._report_peak(completed)
             if completed:
                 # A pass that skips blocks keeps the order, one that runs them otherwise teaches it.
                 if not _is_subsequence(self._trace, self._order):
                     self._order = self._trace
                 self._prefetch()
+
+    def _release_slots(self) -> None:
+        for slot in self._slots:
+            for use in list(slot.uses):
+                self.release(use)
+
+    # -- memory ------------------------------------------------------------------------------
+
+    def watch_memory(
+        self, on_peak: Callable[[object, int], None], on_missing: Callable[[int], bool]
+    ) -> None:
+        """Tell of the memory that passes take, and ask for room when they run out of it.
+
+        ``on_peak`` gets the shape of a pass and the most bytes that were allocated on the compute
+        device in it, after the first one of a shape. ``on_missing`` gets the bytes that could not
+        be had, and says whether it has made room; what ran out of memory is then run again.
+        """
+        self._on_peak, self._on_missing = on_peak, on_missing
+
+    def _report_peak(self, completed: bool) -> None:
+        shape, self._watched = self._watched, None
+        if shape is None:
+            return
+        if not completed:
+            self._passes[shape] = 0  # the next one is the first
+            return
+        peak = device_utils.peak_memory(self.compute_device)
+        if peak is not None:
+            self._on_peak(shape, peak)
 
     # -- timing ------------------------------------------------------------------------------
 
@@ -282,6 +343,9 @@ class BlockSwap:
 
     def _count_pass(self, shape: object) -> None:
         self._passes[shape] += 1
+        if self._passes[shape] == 1 and self._on_peak is not None:
+            self._watched = shape
+            device_utils.reset_peak_memory(self.compute_device)
         wanted = self._passes[shape] == 2 and self._on_pass_time is not None
         if wanted and self._timer is None and stream_module(self.compute_device) is not None:
             with self._timing():

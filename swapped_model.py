@@ -7,7 +7,7 @@ import math
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -16,9 +16,10 @@ from .allocation_parser import CPU, Allocation
 from .model_blocks import block_lists, embeddings, in_execution_order, modules_beside, tensors_of
 from .packed_weights import Pack
 from .page_locks import Need, PageLocks
+from .pass_memory import Room
 from .pass_timing import PassTime
 from .split import Block, ModelSizes, Split, format_bytes
-from .split_planner import plan_split
+from .split_planner import plan_split, refit_split
 from .swap_executor import BlockSwap
 
 logger = logging.getLogger("MultiGPU")
@@ -28,6 +29,12 @@ logger = logging.getLogger("MultiGPU")
 AVAILABLE_RAM = 0.2
 
 SHARE_RAM = (CPU, "mps")
+
+# Of what a donor has free, ``auto`` leaves this share to others.
+DONOR_MARGIN = 0.1
+
+# ``auto`` grows by no less than this many blocks: what is free is never quite the same.
+WORTH_BLOCKS = 1.25
 
 
 def has_room_for_homes(nbytes: int, available: int, total: int) -> bool:
@@ -73,7 +80,13 @@ class SwappedModel:
     go is freed at once.
     """
 
-    def __init__(self, model: torch.nn.Module, allocation: Allocation, locks: PageLocks):
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        allocation: Allocation,
+        locks: PageLocks,
+        on_need: Callable[[object, int], None] | None = None,
+    ):
         diffusion_model = model.diffusion_model
         lists = block_lists(diffusion_model)
         blocks = in_execution_order(lists)
@@ -101,12 +114,17 @@ class SwappedModel:
         indices = {
             name: [i for i, (other, _, _) in enumerate(blocks) if other == name] for name in lists
         }
+        self.room: Room | None = None
         self.split = self._plan(allocation)
         compute = device_utils.torch_device(self.split.compute_device)
         first = len(blocks)
         first_calls = {name: first + i for i, name in enumerate(leading)}
         self.swap = BlockSwap(compute, self.packs, indices, first_calls, locks)
         self._locks = locks
+        self._on_need = on_need
+        self._others: int | None = None  # bytes on the compute device that are not of this model
+        self.cheapest_bytes: int | None = None
+        self.warned_of: object = None  # what the user was last told of, before the first step
         self._placed: Split | None = None
         self.timing: step_time.Timing | None = None
         self._trial: _Trial | None = None
@@ -114,11 +132,87 @@ class SwappedModel:
         self._undrive: Callable[[], None] | None = None
         self._foreign_bytes = 0
 
-    def _plan(self, allocation: Allocation) -> Split:
+    def _plan(self, allocation: Allocation, compute_spare: int | None = None) -> Split:
+        """The split for an allocation; ``compute_spare`` is what ``auto`` has to compute with."""
         memory = {
             entry.device: device_utils.total_memory(entry.device) for entry in allocation.entries
         }
-        return plan_split(allocation, self.sizes, memory)
+        if compute_spare is None:
+            compute_spare = self.sizes.total_bytes if self.room is None else self.room.nbytes
+        spare = {
+            device: compute_spare if device == allocation.compute_device else self._spare(device)
+            for device in allocation.auto_devices
+        }
+        return plan_split(allocation, self.sizes, memory, spare)
+
+    def _spare(self, donor: str) -> int:
+        """What a donor that is ``auto`` has for this model: what is free there, less a margin."""
+        device = device_utils.torch_device(donor)
+        held = sum(pack.nbytes for pack in self.packs if pack.device == device)
+        return int((1 - DONOR_MARGIN) * device_utils.free_memory(donor)) + held
+
+    @property
+    def is_auto(self) -> bool:
+        """Whether the compute device has what is free there, instead of a typed quota."""
+        return self.split.compute_device in self.split.allocation.auto_devices
+
+    @property
+    def wanted_bytes(self) -> int:
+        """What the next load would like to have of the compute device."""
+        return self.sizes.total_bytes if self.is_auto else self.split.compute_bytes
+
+    def fit(self, room: Room) -> None:
+        """Take what ``room`` there is for weights now, where the compute device is ``auto``.
+
+        Nothing changes where less than a block would: what is free is never quite the same.
+        """
+        self.room = room
+        if not self.is_auto:
+            return
+        wanted = self._plan(self.split.allocation)
+        if not self.loaded:
+            self.split = wanted
+            return
+        held, block = self.split.compute_bytes, self.split.sizes.largest_block
+        more = min(room.nbytes, self.sizes.total_bytes) - held
+        becomes_whole = wanted.bytes_per_pass == 0 < self.split.bytes_per_pass
+        if held <= room.nbytes and more < WORTH_BLOCKS * block and not becomes_whole:
+            return
+        self.split = refit_split(self.split, wanted)
+
+    def _make_room(self, missing: int) -> bool:
+        """A pass has run out of memory: give ``missing`` bytes, or a block, back, and go on.
+
+        Returns whether that was possible: not at the floor, nor with a typed quota.
+        """
+        if not self.is_auto:
+            return False
+        homes = tuple(device_utils.name_of(pack.device) for pack in self.packs)
+        now = replace(self.split, homes=homes)
+        fewer = now.compute_bytes - max(missing, now.sizes.largest_block)
+        wanted = self._plan(now.allocation, max(0, fewer))
+        if not wanted.compute_bytes < now.compute_bytes:
+            return False
+        self.split = refit_split(now, wanted)
+        self._trial = None
+        self._place()
+        self.swap.allocate_slots()
+        logger.warning(
+            f"[MultiGPU] block swap: out of memory in a pass, which is repeated with "
+            f"{format_bytes(self.split.compute_bytes)} of weights on {self.split.compute_device} "
+            f"instead of {format_bytes(now.compute_bytes)}"
+        )
+        return True
+
+    def _learn(self, shape: object, peak: int) -> None:
+        """The allocator's peak in a pass: what it needs beside the weights is known now."""
+        if self._others is not None and self._on_need is not None:
+            self._on_need(shape, max(0, peak - self._others - self.compute_bytes()))
+
+    def note_memory(self) -> None:
+        """The model is loaded: what is allocated besides belongs to others."""
+        allocated = device_utils.allocated_memory(self.swap.compute_device)
+        self._others = None if allocated is None else allocated - self.compute_bytes()
 
     def follow(self, allocation: Allocation) -> None:
         """Plan anew if the allocation is another; the next load moves what has to move."""
@@ -183,6 +277,11 @@ class SwappedModel:
         self._place()
         timed = weakref.WeakMethod(self._timed)
         self.swap.time_passes(lambda pass_time: timed()(pass_time))
+        learn, make_room = weakref.WeakMethod(self._learn), weakref.WeakMethod(self._make_room)
+        self.swap.watch_memory(
+            on_peak=lambda shape, peak: learn()(shape, peak),
+            on_missing=lambda nbytes: make_room()(nbytes),
+        )
         logger.info("\n".join([self.split.table(), *self._remarks()]))
         self._start_driving()
 
@@ -196,8 +295,9 @@ class SwappedModel:
         targets = [*zip(self.packs, self._homes(), strict=True), (self.non_block, compute)]
         keep_homes = self._has_room_for_homes([p for p, home in targets if home == compute])
         try:
-            # What leaves the compute device goes first: it never holds more than the split says.
-            for pack, home in sorted(targets, key=lambda target: target[1] == compute):
+            # What leaves a device goes first: none ever holds more than the split says.
+            order = {torch.device(CPU): 0, compute: 2}
+            for pack, home in sorted(targets, key=lambda target: order.get(target[1], 1)):
                 pack.place(home, keep_home=keep_homes and home == compute)
             self._page_lock()
             self._placed = self.split
@@ -261,7 +361,10 @@ class SwappedModel:
             else:
                 self._trial = _Trial(planned, pass_time.shape, pass_time.total)
                 self.swap.time_again(pass_time.shape)
-        logger.info(f"[MultiGPU] block swap: {step_time.report(self.split, self.timing)}")
+        cheapest = step_time.cheapest_quota(self.split, self.timing)
+        self.cheapest_bytes = None if cheapest is None else cheapest.compute_bytes
+        line = step_time.report(self.split, self.timing, cheapest)
+        logger.info(f"[MultiGPU] block swap: {line}")
 
     def _take_back(self, trial: _Trial, seconds: float) -> None:
         logger.info(
@@ -278,8 +381,11 @@ class SwappedModel:
 
     def _remarks(self) -> Iterator[str]:
         """Lines for the table: what a pass will take, what there is in RAM, and how."""
+        if self.is_auto and self.room is not None:
+            yield f"  {self.split.compute_device}: auto is {self.room}"
         if self.timing is not None:
-            yield f"  {step_time.report(self.split, self.timing)}"
+            cheapest = step_time.cheapest_quota(self.split, self.timing)
+            yield f"  {step_time.report(self.split, self.timing, cheapest)}"
         elif self.split.bytes_per_pass:
             yield step_time.transfer_line(self.split)
         compute = self.swap.compute_device
@@ -321,6 +427,13 @@ class SwappedModel:
             self._page_lock()  # they travel now
         self.swap.update(self.split.slots or 2)
         return before - self.compute_bytes()
+
+    def give_back_spare(self, nbytes: int, offload_device: torch.device) -> int:
+        """Free up to ``nbytes`` that ``auto`` has taken and that save no time; the bytes freed."""
+        if not self.is_auto or self.cheapest_bytes is None:
+            return 0
+        spare = min(nbytes, self.compute_bytes() - self.cheapest_bytes)
+        return self.give_back(spare, offload_device) if spare > 0 else 0
 
     def unload(self, device: torch.device, donors_too: bool) -> torch.device:
         """Take the weights off the compute device; nothing is swapped any more.

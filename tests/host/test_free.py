@@ -285,9 +285,9 @@ def test_without_smart_memory_everything_is_let_go(bench, retention, monkeypatch
 
 
 def test_short_ram_lets_retained_models_go_with_hysteresis(bench, management, monkeypatch):
+    """RAM is what a container's limit leaves, as it is for homes."""
     percent = 50.0
-    usage = type("Usage", (), {"percent": property(lambda self: percent)})()
-    monkeypatch.setattr(management.psutil, "virtual_memory", lambda: usage)
+    monkeypatch.setattr(management.device_utils, "ram", lambda: (100 - percent, 100))
     watch = management.RamWatch()
     seen = []
     for percent in (50, 84, 86, 88, 90, 92, 97, 98, 84, 86, 79, 86):  # noqa: B007
@@ -300,8 +300,7 @@ def test_short_ram_forgets_outputs_and_what_was_kept(
     bench, management, retention, reads, monkeypatch
 ):
     bench.sample(bench.distorch(SPLIT, keep_loaded=True))
-    usage = management.psutil.virtual_memory()._replace(percent=95.0)
-    monkeypatch.setattr(management.psutil, "virtual_memory", lambda: usage)
+    monkeypatch.setattr(management.device_utils, "ram", lambda: (5 << 30, 100 << 30))
     bench.mm.soft_empty_cache()
     assert len(retention) == 0
     assert bench.mm.current_loaded_models == []

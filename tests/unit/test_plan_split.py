@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from block_swap.allocation_parser import AllocationError, Mode, parse_allocation
 from block_swap.split import Block, ModelSizes
-from block_swap.split_planner import plan_split, spread
+from block_swap.split_planner import plan_split, refit_split, spread
 
 MIB = 1 << 20
 DEVICES = ("cpu", "acc:0", "acc:1", "acc:2")
@@ -345,3 +345,70 @@ def test_the_table_names_embeddings_that_are_swapped():
     assert "text_embedding: 2.00 MiB, swapped from cpu" in table
     assert "1.00 MiB of non-block weights, 0 resident blocks and 2 slots" in table
     assert "3.00 MiB of non-block weights" in plan("acc:0,23mb;cpu,*", sizes).table()
+
+
+def plan_auto(text, room, sizes=None, donor=0):
+    spare = {"acc:0": room, "acc:1": donor, "cpu": donor}
+    return plan_split(parse_allocation(text, DEVICES, "acc:0"), sizes or uniform(), MEMORY, spare)
+
+
+@pytest.mark.parametrize(
+    ("text", "room", "donor", "homes"),
+    [
+        ("acc:0,auto;cpu,*", 45, 0, {"acc:0": 1, "cpu": 7}),
+        ("acc:0,auto", 45, 0, {"acc:0": 1, "cpu": 7}),  # the CPU takes the rest
+        ("acc:0,auto;cpu,*", 1000, 0, {"acc:0": 8}),
+        ("acc:0,auto;acc:1,auto;cpu,*", 45, 35, {"acc:0": 1, "acc:1": 3, "cpu": 4}),
+        ("acc:0,auto;acc:1,20mb;cpu,*", 45, 0, {"acc:0": 1, "acc:1": 2, "cpu": 5}),
+        ("acc:0,AUTO;acc:1,25%;cpu,*", 45, 0, {"acc:0": 1, "acc:1": 2, "cpu": 5}),
+        ("acc:0,auto;acc:1,0.02;cpu,*", 45, 0, {"acc:0": 1, "acc:1": 2, "cpu": 5}),
+        ("acc:0,45mb;acc:1,auto;cpu,*", 0, 35, {"acc:0": 1, "acc:1": 3, "cpu": 4}),
+    ],
+)
+def test_auto_is_what_is_free(text, room, donor, homes):
+    split = plan_auto(text, room * MIB, donor=donor * MIB)
+    assert {device: split.homes.count(device) for device in set(split.homes)} == homes
+    assert split.compute_bytes <= max(room, 45) * MIB or room == 1000
+
+
+def test_the_table_tells_auto_from_a_quota():
+    assert "auto 45.00 MiB" in plan_auto("acc:0,auto;cpu,*", 45 * MIB).table()
+
+
+@pytest.mark.parametrize(
+    "text", ["acc:0,auto*", "acc:0,auto gb", "acc:0,5auto", "auto", "auto,5gb"]
+)
+def test_auto_that_is_none_is_refused(text):
+    with pytest.raises(AllocationError):
+        parse_allocation(text, DEVICES, "acc:0")
+
+
+@given(st.integers(15, 120), st.integers(15, 120), st.sampled_from([8, 30, 40]))
+@settings(max_examples=200)
+def test_refitting_moves_no_more_than_it_must(before, after, count):
+    """Blocks only leave, or only come, and no more than the bytes ask for."""
+    sizes = uniform(count)
+    split, wanted = (
+        plan_auto("acc:0,auto;acc:1,auto;cpu,*", room * MIB, sizes, donor=50 * MIB)
+        for room in (before, after)
+    )
+    new = refit_split(split, wanted)
+    assert new.compute_bytes <= wanted.compute_bytes
+    assert new.quotas == wanted.quotas
+    if new is wanted:
+        return
+    block = sizes.blocks[0].nbytes
+    assert wanted.compute_bytes - new.compute_bytes < block
+    moved = [(a, b) for a, b in zip(split.homes, new.homes, strict=True) if a != b]
+    assert len(moved) == abs(split.homes.count("acc:0") - new.homes.count("acc:0"))
+    assert new.bytes_on("acc:1") <= 50 * MIB
+
+
+def test_refitted_blocks_stay_spread():
+    sizes = uniform(40)
+    split = plan_auto("acc:0,auto;cpu,*", 330 * MIB, sizes)
+    for room in (300, 270, 250, 290, 330, 300):
+        split = refit_split(split, plan_auto("acc:0,auto;cpu,*", room * MIB, sizes))
+        swapped = split.swapped
+        gaps = [(b - a) % 40 for a, b in zip(swapped, swapped[1:] + swapped[:1], strict=True)]
+        assert max(gaps) <= 2 * (40 / len(swapped)) + 1

@@ -89,7 +89,11 @@ def test_the_cheapest_quota_is_the_least_that_costs_no_time():
 
 
 def test_the_report_names_the_cost_and_what_is_free():
-    line = report(plan("acc:0,2000b;cpu,*"), timing(0.5))
+    line = report(
+        plan("acc:0,2000b;cpu,*"),
+        timing(0.5),
+        cheapest_quota(plan("acc:0,2000b;cpu,*"), timing(0.5)),
+    )
     assert "8 s, 2.00 times" in line
     assert "a quota of acc:0,1mb would cost no time" in line
 
@@ -139,7 +143,7 @@ def test_what_comes_before_and_behind_the_blocks_hides_copies_too():
 
 def test_the_report_counts_what_is_around_the_blocks():
     split = plan("acc:0,*")
-    line = report(split, replace(timing(0.5), before=3.0))
+    line = report(split, replace(timing(0.5), before=3.0), None)
     assert "a pass takes 7 s, 1.00 times" in line
 
 

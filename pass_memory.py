@@ -1,0 +1,108 @@
+"""What passes need of the compute device beside the weights: estimated, and learnt. Pure.
+
+ComfyUI estimates it from the shape of the latent, with a factor per model that can be off by a
+multiple. The allocator's peak in the first pass of a shape is exact; it is kept as long as the
+process lives, by class of model, type of number and shape.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .split import format_bytes
+
+# Pixels and frames of one latent position, where a model does not say.
+SPATIAL = 8
+TEMPORAL = 4
+
+# What is learnt is asked for with this much more: allocators round, and fragment.
+SLACK = 0.03
+
+
+@dataclass(frozen=True)
+class PassKind:
+    """Passes that need the same memory: of one class of model, in one dtype, on one latent.
+
+    ``latent`` is the shape without its channels, [batch, (frames,) height, width]: models get
+    further channels from conditioning.
+    """
+
+    model: str
+    dtype: str
+    latent: tuple[int, ...]
+
+    @classmethod
+    def of(cls, model: str, dtype: object, shape: Sequence[int]) -> PassKind:
+        """The kind of a pass over a latent of ``shape``, [batch, channels, ...]."""
+        return cls(model, str(dtype), (int(shape[0]), *(int(n) for n in shape[2:])))
+
+    def batched(self, batch: int) -> PassKind:
+        """The same with another number of latents at once."""
+        return PassKind(self.model, self.dtype, (batch, *self.latent[1:]))
+
+    def describe(self, spatial: int = SPATIAL, temporal: int = TEMPORAL) -> str:
+        """The latent as a user knows it: ``81 frames at 832x480``, ``1024x1024``."""
+        *_, height, width = self.latent if len(self.latent) > 2 else (1, *self.latent)
+        size = f"{width * spatial}x{height * spatial}"
+        if len(self.latent) == 4:
+            frames = (self.latent[1] - 1) * temporal + 1
+            size = f"{frames} frames at {size}"
+        elif len(self.latent) < 3:
+            size = f"a latent of {'x'.join(map(str, self.latent))}"
+        return size
+
+
+class PassMemory:
+    """What was learnt of the memory that passes need, in bytes."""
+
+    def __init__(self) -> None:
+        self._peaks: dict[PassKind, int] = {}
+
+    def learn(self, kind: PassKind, nbytes: int) -> None:
+        """A pass has needed ``nbytes`` beside the weights; the most of all counts."""
+        self._peaks[kind] = max(nbytes, self._peaks.get(kind, 0))
+
+    def knows(self, kind: PassKind) -> bool:
+        """Whether a pass of this kind, in a batch of any size, was seen."""
+        return any(known.batched(0) == kind.batched(0) for known in self._peaks)
+
+    def need(self, kind: PassKind, estimate: float) -> float:
+        """Bytes that a pass needs; ``estimate`` where nothing is known.
+
+        A batch of another size needs in proportion.
+        """
+        if kind in self._peaks:
+            return self._peaks[kind] * (1 + SLACK)
+        others = [
+            nbytes * kind.latent[0] / known.latent[0]
+            for known, nbytes in self._peaks.items()
+            if known.batched(0) == kind.batched(0)
+        ]
+        return max(others) * (1 + SLACK) if others else estimate
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a device has for weights, in bytes, and why.
+
+    ``free`` is what is free there with no weights of this model, ``need`` what a pass needs beside
+    them, for ``what``.
+    """
+
+    free: float
+    need: float
+    what: str = ""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes for weights; none where a pass needs more than there is."""
+        return int(max(0.0, min(self.free - self.need, 1e18)))
+
+    def __str__(self) -> str:
+        if not math.isfinite(self.free) or self.free > 1e18:
+            return "everything, as ComfyUI was told"
+        free, need = format_bytes(int(self.free)), format_bytes(int(max(0, self.need)))
+        what = f"{self.what}" if self.what else "passes"
+        return f"{format_bytes(self.nbytes)}: {free} free, {need} for {what}"
