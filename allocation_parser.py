@@ -175,6 +175,13 @@ def parse_allocation(
     return Allocation(text, compute, Mode.VIRTUAL_VRAM, _with_wildcard(donors), amount)
 
 
+def in_bytes(allocation: Allocation, quotas: Sequence[Quota]) -> str:
+    """The allocation with these quotas as a string of bytes, which MultiGPU reads as well."""
+    entries = (f"{q.device},*" if q.wildcard else f"{q.device},{q.nbytes}b" for q in quotas)
+    _, separator, stored = allocation.source.rpartition("#")
+    return f"{';'.join(entries)}{separator}{stored}"
+
+
 class _Reader:
     """Reads the parts of one allocation string; its errors quote where they stand in it."""
 

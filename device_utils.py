@@ -6,7 +6,9 @@ import ctypes
 import importlib
 import re
 import sys
-from contextlib import AbstractContextManager, nullcontext
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import ModuleType
 
@@ -265,3 +267,24 @@ def _import_plugin(name: str) -> ModuleType | None:
         return importlib.import_module(name)
     except ImportError:
         return None
+
+
+_passes = threading.local()
+
+
+def pass_device() -> torch.device | None:
+    """The compute device of the pass that this thread is in; ``None`` outside of any."""
+    devices = getattr(_passes, "devices", ())
+    return devices[-1] if devices else None
+
+
+@contextmanager
+def running_on(device: torch.device) -> Iterator[None]:
+    """Inside, ``device`` is this thread's ``pass_device``, and torch's current device."""
+    devices = vars(_passes).setdefault("devices", [])
+    devices.append(device)
+    try:
+        with on_device(device):
+            yield
+    finally:
+        devices.pop()

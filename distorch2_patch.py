@@ -15,15 +15,10 @@ from types import ModuleType
 import torch
 
 from .allocation_parser import CPU
+from .host_memory import accounting_patches
 from .model_blocks import block_lists
-from .model_patcher_patch import (
-    META,
-    STATE,
-    diffusion_model_of,
-    follow_allocation,
-    is_swapped_here,
-    patches,
-)
+from .model_lookup import META, STATE, diffusion_model_of, follow_allocation, is_swapped_here
+from .model_patcher_patch import patches
 from .patch_table import Patch, PatchTable
 
 logger = logging.getLogger("MultiGPU")
@@ -138,7 +133,8 @@ class LoadingJoin:
         if self._host_load_models_gpu is None:
             self._host_load_models_gpu = mm.load_models_gpu
         self.multigpu.register_patched_safetensor_modelpatcher()
-        self._table.apply(patches(self._host_load_models_gpu))
+        self._table.apply(patches())
+        self._table.apply(accounting_patches(self._host_load_models_gpu))
         self._armed = True
 
     def uninstall(self) -> None:

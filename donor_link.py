@@ -8,6 +8,7 @@ only: ``Slot.arrived`` and ``Slot.released``.
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
@@ -47,25 +48,23 @@ class Ring:
         self._release = release
         self._worker = ThreadPoolExecutor(1, "block-swap")
         self._last: Future | None = None
+        self._thread: int | None = None  # the worker's
 
     @classmethod
     def make(cls, device: torch.device, locks: PageLocks | None) -> Ring | None:
         """A ring for copies to ``device``, or ``None`` where there is no page-locked memory.
 
-        Its memory comes out of ``locks``, or from torch on devices whose memory the host does not
-        page-lock.
+        Its memory comes out of ``locks``, or from torch for devices that the host page-locks no
+        memory for.
         """
         nbytes = CHUNK_BYTES * RING_CHUNKS
         with ordinary_tensors():
-            if locks is not None:
-                if not locks.pinning.allowed:
-                    return None
-                buffer = torch.empty(nbytes, dtype=torch.uint8)
-                lock = locks.lock(buffer, Need.TRAVELS, _nothing_reads_it)
-                if lock is not None:
-                    return cls(buffer, device, lock.release)
-            buffer = device_utils.page_locked(nbytes)
-            return None if buffer is None else cls(buffer, device, lambda: None)
+            if locks is None or (locks.pinning.allowed and not locks.pinning.able()):
+                buffer = device_utils.page_locked(nbytes)
+                return None if buffer is None else cls(buffer, device, lambda: None)
+            buffer = torch.empty(nbytes, dtype=torch.uint8)
+            lock = locks.lock(buffer, Need.RING, _nothing_reads_it)
+            return None if lock is None else cls(buffer, device, lock.release)
 
     def submit(self, copy: Callable[[], None], owner: object) -> Future:
         """Have the worker run ``copy``, after what was submitted before; ``owner`` lives on."""
@@ -73,6 +72,7 @@ class Ring:
 
         def work(_owner):
             nonlocal queued
+            self._thread = threading.get_ident()
             try:
                 with device_utils.on_device(self._device):
                     copy()
@@ -87,12 +87,11 @@ class Ring:
         return result
 
     def finish(self) -> None:
-        """Wait for all that was submitted.
+        """Wait for all that was submitted; in the worker itself, where a finalizer may run, do not.
 
-        Once the owner is dead nothing is left to wait for: a finalizer may run in the worker, or in
-        the middle of a ``submit``, and must neither wait there nor submit anything.
+        What it works on holds its swap, and that holds all packs: none of them can be what dies.
         """
-        if self._last is not None:
+        if self._last is not None and threading.get_ident() != self._thread:
             wait([self._last])
 
     def release(self) -> None:
@@ -185,6 +184,11 @@ class Links:
         if self._ring is None and not self._refused and stream_module(self._compute) is not None:
             self._ring = Ring.make(self._compute, self._locks)
             self._refused = self._ring is None
+
+    @property
+    def ring_is_refused(self) -> bool:
+        """Whether there was no memory for the ring when it was last asked for."""
+        return self._refused
 
     def release_ring(self) -> None:
         """Give the ring's memory back."""

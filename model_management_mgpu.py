@@ -19,7 +19,7 @@ from types import ModuleType
 from . import device_utils
 from .allocation_parser import GIB
 from .distorch2_patch import distorch2_nodes, patchers_of
-from .model_patcher_patch import META, forget_homes
+from .model_lookup import META, forget_homes
 from .patch_table import Patch, PatchTable
 from .retention import (
     Retained,
@@ -31,7 +31,6 @@ from .retention import (
     place_anew,
     unload,
 )
-from .swap_executor import pass_device
 
 logger = logging.getLogger("MultiGPU")
 
@@ -176,6 +175,7 @@ def _unload_all_models(join: MemoryJoin) -> Callable:
             wrapped(*args, **kwargs)
             for patcher in list(join.patchers):
                 patcher.detach()
+            join.tidy_later()
             return
         if not any(is_distorch2(model) for _, model in _loaded(mm)):
             wrapped(*args, **kwargs)
@@ -319,13 +319,14 @@ def _soft_empty_cache(join: MemoryJoin, host: Callable) -> Callable:
             device_utils.trim_host_heap()
         if (args and args[0]) or kwargs.get("force", False):
             _forget_outputs(join)
+            join.tidy_later()
 
     return soft_empty_cache
 
 
 def get_torch_device(wrapped, instance, args, kwargs):
     """Inside a pass, the device that it runs on, whatever another loader has set since."""
-    return pass_device() or wrapped(*args, **kwargs)
+    return device_utils.pass_device() or wrapped(*args, **kwargs)
 
 
 # --------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from types import ModuleType
 from . import device_utils
 from .allocation_parser import CPU, AllocationError
 from .distorch2_patch import patchers_of
-from .model_patcher_patch import META, allocation_text, follow_allocation, is_swapped_here
+from .model_lookup import META, allocation_text, follow_allocation, is_swapped_here
 from .patch_table import Patch, PatchTable
 
 logger = logging.getLogger("MultiGPU")

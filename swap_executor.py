@@ -9,44 +9,22 @@ from __future__ import annotations
 import functools
 import logging
 import sys
-import threading
 import traceback
-import types
 import weakref
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 
 import torch
 
 from . import device_utils
-from .device_utils import on_device, stream_module, synchronize
+from .block_views import BlockList, SwappedModule, entry_points
+from .device_utils import running_on, synchronize
 from .donor_link import Links, Slot, Use
 from .packed_weights import Pack, ordinary_tensors
 from .page_locks import PageLocks
-from .pass_timing import PassTime, PassTimer
+from .pass_watch import PassWatch
 
 logger = logging.getLogger("MultiGPU")
-
-_passes = threading.local()
-
-
-def pass_device() -> torch.device | None:
-    """The compute device of the pass that this thread is in; ``None`` outside of any."""
-    devices = getattr(_passes, "devices", ())
-    return devices[-1] if devices else None
-
-
-@contextmanager
-def running_on(device: torch.device) -> Iterator[None]:
-    """Inside, ``device`` is this thread's ``pass_device``, and torch's current device."""
-    devices = vars(_passes).setdefault("devices", [])
-    devices.append(device)
-    try:
-        with on_device(device):
-            yield
-    finally:
-        devices.pop()
 
 
 class BlockSwap:
@@ -55,7 +33,8 @@ class BlockSwap:
     ``packs`` holds one ``Pack`` per block in execution order, ``lists`` names the model's block
     lists and gives, for each of their modules, the index of its pack. ``embeddings`` names modules
     of the model that run before the blocks and are called as a whole, and gives the index of their
-    packs. ``update`` and ``allocate_slots`` come before the first pass.
+    packs, ``beside`` the packs that are not swapped. ``update`` and ``allocate_slots`` come before
+    the first pass.
 
     Inside a pass the model's own loop drives the swap: the block lists are views that bring a
     block in, yield it, and release it when the loop comes back; so are swapped embeddings, around
@@ -71,10 +50,13 @@ class BlockSwap:
         lists: Mapping[str, Sequence[int]],
         embeddings: Mapping[str, int] | None = None,
         locks: PageLocks | None = None,
+        beside: Sequence[Pack] = (),
     ):
         self.compute_device = compute_device
         self._slots_wanted = 0
         self._packs = tuple(packs)
+        # Lives as long as copies may be on their way: what dies unlocks its homes, after those.
+        self._beside = tuple(beside)
         self._lists = dict(lists)
         self._embeddings = dict(embeddings or {})
         self._slots: list[Slot] = []
@@ -84,16 +66,13 @@ class BlockSwap:
         self._trace: list[int] = []
         self._cursor = 0
         self._depth = 0
-        self._on_pass_time: Callable[[PassTime], None] | None = None
-        self._passes: Counter = Counter()  # by the shape of their inputs
-        self._timer: PassTimer | None = None
-        self._earlier = None  # the mark that ended the last pass
+        self.watch = PassWatch(compute_device)
         self._last_slot: dict[int, Slot] = {}
         self._said = False
-        self._on_peak: Callable[[object, int], None] | None = None
-        self._on_missing: Callable[[int], bool] | None = None
-        self._watched: object = None  # the shape of the pass whose peak is wanted
-        self._views: dict[str, BlockList | _SwappedModule] = {}
+        # Gets the bytes that a pass could not have, and says whether it has made room for them:
+        # what ran out of memory is then run again.
+        self.on_missing: Callable[[int], bool] | None = None
+        self._views: dict[str, BlockList | SwappedModule] = {}
         self._inside = ExitStack()
         # Slots and homes must outlive the copies that are still on their way.
         finalizer = weakref.finalize(self, self.links.close)
@@ -108,7 +87,7 @@ class BlockSwap:
         too many, or of another size, are freed.
         """
         self._slots_wanted = slots
-        self._timer = None
+        self.watch.drop_timer()
         first = list(self._embeddings.values())
         execution = first + [i for i in range(len(self._packs)) if i not in first]
         self._order = [i for i in execution if self._packs[i].device != self.compute_device]
@@ -173,7 +152,7 @@ class BlockSwap:
         """
         _hide_from_dynamo()
         reference = weakref.ref(model)
-        names = _entry_points(type(model), {*self._lists, *self._embeddings})
+        names = entry_points(type(model), {*self._lists, *self._embeddings})
         before = {name: model.__dict__[name] for name in names if name in model.__dict__}
         driving = [True]
         entries = {
@@ -222,17 +201,17 @@ class BlockSwap:
     def _find_room(self, model: torch.nn.Module, error: Exception) -> bool:
         """Whether ``error`` is the allocator's and room was made: what failed may run again."""
         missing = device_utils.missing_memory(error)
-        if missing is None or self._on_missing is None:
+        if missing is None or self.on_missing is None:
             return False
         self._release_slots()
-        self._timer = None
+        self.watch.drop_timer()
         self._trace, self._cursor = [], 0
-        if not self._on_missing(missing):
+        if not self.on_missing(missing):
             return False
         # The frames of what failed hold its tensors.
         traceback.clear_frames(error.__traceback__)
         error.__traceback__ = error.__context__ = None
-        device_utils.reset_peak_memory(self.compute_device)
+        self.watch.restart()
         if self._depth:
             self._hang_views(model)
         return True
@@ -258,9 +237,9 @@ class BlockSwap:
     def _open(self, model: torch.nn.Module, shape: object) -> None:
         with ExitStack() as inside:
             inside.enter_context(running_on(self.compute_device))
-            self._report_time()
+            self.watch.before_pass()
             self.allocate_slots()
-            self._count_pass(shape)
+            self.watch.begin(shape)
             self._trace = []
             self._cursor = 0
             self._hang_views(model)
@@ -274,7 +253,7 @@ class BlockSwap:
         }
         for name, index in self._embeddings.items():
             if index in self._swapped:
-                self._views[name] = _SwappedModule(self, model._modules[name], index)
+                self._views[name] = SwappedModule(self, model._modules[name], index)
         model.__dict__.update(self._views)
 
     def _close(self, model: torch.nn.Module, completed: bool) -> None:
@@ -282,10 +261,10 @@ class BlockSwap:
             for name in self._views:
                 model.__dict__.pop(name, None)
             self._views = {}
-            self._stop_timer(completed)
+            self.watch.end(completed)
             self._release_slots()
             self._cursor = 0
-            self._report_peak(completed)
+            self.watch.report_peak(completed)
             if completed:
                 # A pass that skips blocks keeps the order, one that runs them otherwise teaches it.
                 if not _is_subsequence(self._trace, self._order):
@@ -296,95 +275,6 @@ class BlockSwap:
         for slot in self._slots:
             for use in list(slot.uses):
                 self.release(use)
-
-    # -- memory ------------------------------------------------------------------------------
-
-    def watch_memory(
-        self, on_peak: Callable[[object, int], None], on_missing: Callable[[int], bool]
-    ) -> None:
-        """Tell of the memory that passes take, and ask for room when they run out of it.
-
-        ``on_peak`` gets the shape of a pass and the most bytes that were allocated on the compute
-        device in it, after the first one of a shape. ``on_missing`` gets the bytes that could not
-        be had, and says whether it has made room; what ran out of memory is then run again.
-        """
-        self._on_peak, self._on_missing = on_peak, on_missing
-
-    def _report_peak(self, completed: bool) -> None:
-        shape, self._watched = self._watched, None
-        if shape is None:
-            return
-        if not completed:
-            self._passes[shape] = 0  # the next one is the first
-            return
-        peak = device_utils.peak_memory(self.compute_device)
-        if peak is not None:
-            self._on_peak(shape, peak)
-
-    # -- timing ------------------------------------------------------------------------------
-
-    @property
-    def _running_timer(self) -> PassTimer | None:
-        return self._timer if self._timer is not None and self._timer.running else None
-
-    def time_passes(self, on_pass_time: Callable[[PassTime], None] | None) -> None:
-        """Call ``on_pass_time`` with what the second pass took, once for every shape of inputs.
-
-        It is called between passes, and may move packs. The first pass of a shape warms up what it
-        runs through.
-        """
-        self._on_pass_time = on_pass_time
-        self._passes.clear()
-        self._timer = self._earlier = None
-
-    def time_again(self, shape: object) -> None:
-        """Time the next pass but one of ``shape`` as well."""
-        self._passes[shape] = 0
-
-    def _count_pass(self, shape: object) -> None:
-        self._passes[shape] += 1
-        if self._passes[shape] == 1 and self._on_peak is not None:
-            self._watched = shape
-            device_utils.reset_peak_memory(self.compute_device)
-        wanted = self._passes[shape] == 2 and self._on_pass_time is not None
-        if wanted and self._timer is None and stream_module(self.compute_device) is not None:
-            with self._timing():
-                self._timer = PassTimer(self.compute_device, shape, self._earlier)
-
-    def _stop_timer(self, completed: bool) -> None:
-        """The pass is over: its time counts if it was completed, and so does the pause after it."""
-        self._earlier = None
-        if self._running_timer is not None:
-            if completed:
-                self._timer.stop()
-            else:
-                self._timer = None
-        module = stream_module(self.compute_device)
-        if completed and self._on_pass_time is not None and module is not None:
-            with self._timing():
-                self._earlier = module.Event(enable_timing=True)
-                self._earlier.record(module.current_stream(self.compute_device))
-
-    def _report_time(self) -> None:
-        """Tell what the timed pass took, once that is over on the device too."""
-        timer, self._timer = self._timer, None
-        if timer is None:
-            return
-        with self._timing():
-            result = timer.result()
-            if result is None:
-                self._timer = timer
-            else:
-                self._on_pass_time(result)
-
-    @contextmanager
-    def _timing(self) -> Iterator[None]:
-        """Inside, an error ends the timing and never the run: not every backend can be timed."""
-        try:
-            yield
-        except Exception as error:
-            logger.warning(f"[MultiGPU] block swap: passes are not timed any more: {error!r}")
-            self.time_passes(None)
 
     def acquire(self, index: int) -> Use | None:
         """Bring block ``index`` in, its copy ordered before the computation that follows.
@@ -401,14 +291,14 @@ class BlockSwap:
         self._prefetch()
         if use is not None:
             try:
-                with self._running_timer.wait() if self._running_timer else nullcontext():
+                with self.watch.wait():
                     use.slot.await_arrival()
             except BaseException:
                 use.slot.uses.discard(use)
                 raise
             use.pack.point(use.slot.views[index][1])
-        if self._running_timer is not None and index not in self._embeddings.values():
-            self._timer.block_begins()
+        if self.watch.timer is not None and index not in self._embeddings.values():
+            self.watch.timer.block_begins()
         return use
 
     def release(self, use: Use | None) -> None:
@@ -416,8 +306,8 @@ class BlockSwap:
 
         Releasing twice is harmless, also when the slot has another user by then.
         """
-        if self._running_timer is not None:
-            self._timer.block_ends()
+        if self.watch.timer is not None:
+            self.watch.timer.block_ends()
         if use is None or use not in use.slot.uses:
             return
         use.slot.uses.remove(use)
@@ -493,7 +383,7 @@ class BlockSwap:
                 target = slot.buffer[: pack.nbytes]
             slot.views[index] = (target, pack.views_of(target))
         slot.block = None  # until the copy is queued, so that an error leaves no false promise
-        self.links.copy(pack, slot.views[index][0], slot, self._running_timer, self)
+        self.links.copy(pack, slot.views[index][0], slot, self.watch.timer, self)
         slot.block = index
         return slot
 
@@ -516,72 +406,6 @@ def _records_cuda_graphs() -> bool:
     return bool(getattr(getattr(trees, "local", None), "tree_manager_containers", None))
 
 
-class BlockList:
-    """What a model's block list is inside a pass: the same modules, brought in as they are taken.
-
-    A loop holds one block at a time; a block taken by index is held until the next one is.
-    """
-
-    def __init__(self, swap: BlockSwap, modules: torch.nn.ModuleList, indices: Sequence[int]):
-        self._swap = swap
-        self._modules = modules
-        self._indices = indices
-        self._taken: Use | None = None
-
-    def __len__(self) -> int:
-        return len(self._modules)
-
-    def __iter__(self) -> Iterator[torch.nn.Module]:
-        for position, index in enumerate(self._indices):
-            use = self._swap.acquire(index)
-            try:
-                yield self._modules[position]
-            finally:
-                self._swap.release(use)
-
-    def __getitem__(self, position):
-        if isinstance(position, slice):
-            return BlockList(self._swap, self._modules[position], self._indices[position])
-        module = self._modules[position]
-        self._swap.release(self._taken)
-        self._taken = self._swap.acquire(self._indices[position])
-        return module
-
-    def __getattr__(self, name: str):
-        return getattr(self._modules, name)
-
-
-class _SwappedModule:
-    """What a swapped module is inside a pass: the same, brought in for each call."""
-
-    def __init__(self, swap: BlockSwap, module: torch.nn.Module, index: int):
-        self._swap = swap
-        self._module = module
-        self._index = index
-
-    def __call__(self, *args, **kwargs):
-        use = self._swap.acquire(self._index)
-        try:
-            return self._module(*args, **kwargs)
-        finally:
-            self._swap.release(use)
-
-    def __getattr__(self, name: str):
-        return getattr(self._module, name)
-
-
 def _is_subsequence(part: Sequence[int], whole: Sequence[int]) -> bool:
     rest = iter(whole)
     return all(item in rest for item in part)
-
-
-def _entry_points(model_class: type, lists: Iterable[str]) -> list[str]:
-    """``forward`` and every method of the class whose code names one of ``lists``."""
-    names = {"forward"}
-    for cls in model_class.__mro__:
-        for name, member in vars(cls).items():
-            if name.startswith("__") or not isinstance(member, types.FunctionType):
-                continue
-            if not set(lists).isdisjoint(member.__code__.co_names):
-                names.add(name)
-    return sorted(names)

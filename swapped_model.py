@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import logging
-import math
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
@@ -20,6 +19,7 @@ from .pass_memory import Room
 from .pass_timing import PassTime
 from .split import Block, ModelSizes, Split, format_bytes
 from .split_planner import plan_split, refit_split
+from .split_tuner import SplitTuner
 from .swap_executor import BlockSwap
 
 logger = logging.getLogger("MultiGPU")
@@ -40,37 +40,6 @@ WORTH_BLOCKS = 1.25
 def has_room_for_homes(nbytes: int, available: int, total: int) -> bool:
     """Whether RAM has room for ``nbytes`` of homes; ``available`` and ``total`` RAM in bytes."""
     return available - nbytes >= AVAILABLE_RAM * total
-
-
-@dataclass(frozen=True)
-class _Trial:
-    """The split before an improvement, and what a pass of ``shape`` took with it, in seconds."""
-
-    split: Split
-    shape: object
-    seconds: float
-
-
-def _timing_of(pass_time: PassTime, known: step_time.Timing | None) -> step_time.Timing | None:
-    """What a timed pass says; ``None`` where its times make no sense.
-
-    A link of which nothing was copied keeps the bandwidth that is ``known``.
-    """
-    moved: dict[str, list[float]] = {}
-    for donor, nbytes, seconds in pass_time.copies:
-        sums = moved.setdefault(device_utils.name_of(donor), [0, 0.0])
-        sums[0] += nbytes
-        sums[1] += seconds
-    bandwidth = {} if known is None else dict(known.bandwidth)
-    bandwidth |= {
-        donor: nbytes / seconds
-        for donor, (nbytes, seconds) in moved.items()
-        if 0 < seconds < math.inf
-    }
-    around = [max(0.0, t) for t in (pass_time.before, pass_time.after, pass_time.between)]
-    if not 0 < pass_time.blocks < math.inf or not all(map(math.isfinite, around)):
-        return None
-    return step_time.Timing(pass_time.blocks, bandwidth, *around)
 
 
 class SwappedModel:
@@ -119,15 +88,14 @@ class SwappedModel:
         compute = device_utils.torch_device(self.split.compute_device)
         first = len(blocks)
         first_calls = {name: first + i for i, name in enumerate(leading)}
-        self.swap = BlockSwap(compute, self.packs, indices, first_calls, locks)
+        beside = [self.non_block]
+        self.swap = BlockSwap(compute, self.packs, indices, first_calls, locks, beside)
         self._locks = locks
         self._on_need = on_need
         self._others: int | None = None  # bytes on the compute device that are not of this model
-        self.cheapest_bytes: int | None = None
         self.warned_of: object = None  # what the user was last told of, before the first step
         self._placed: Split | None = None
-        self.timing: step_time.Timing | None = None
-        self._trial: _Trial | None = None
+        self.tuner = SplitTuner()
         self._diffusion_model = weakref.ref(diffusion_model)
         self._undrive: Callable[[], None] | None = None
         self._foreign_bytes = 0
@@ -179,6 +147,7 @@ class SwappedModel:
         if held <= room.nbytes and more < WORTH_BLOCKS * block and not becomes_whole:
             return
         self.split = refit_split(self.split, wanted)
+        self.tuner.begin()
 
     def _make_room(self, missing: int) -> bool:
         """A pass has run out of memory: give ``missing`` bytes, or a block, back, and go on.
@@ -194,7 +163,7 @@ class SwappedModel:
         if not wanted.compute_bytes < now.compute_bytes:
             return False
         self.split = refit_split(now, wanted)
-        self._trial = None
+        self.tuner.begin()
         self._place()
         self.swap.allocate_slots()
         logger.warning(
@@ -218,8 +187,7 @@ class SwappedModel:
         """Plan anew if the allocation is another; the next load moves what has to move."""
         if allocation != self.split.allocation:
             self.split = self._plan(allocation)
-            if self.timing is not None:
-                self.split = step_time.improve(self.split, self.timing)
+            self.tuner.begin()
 
     @property
     def loaded(self) -> bool:
@@ -269,21 +237,23 @@ class SwappedModel:
 
         Where everything is in place already, nothing is touched: what the slots hold stays good.
         """
-        if self._placed is self.split and [pack.device for pack in self.packs] == self._homes():
+        if self._placed is self.split and self._is_at_home():
+            self._page_lock()  # there may be room for it now
             return
         for module in modules_beside(model):
             module.to(self.swap.compute_device)
-        self._trial = None
         self._place()
         timed = weakref.WeakMethod(self._timed)
-        self.swap.time_passes(lambda pass_time: timed()(pass_time))
+        self.swap.watch.time_passes(lambda pass_time: timed()(pass_time))
         learn, make_room = weakref.WeakMethod(self._learn), weakref.WeakMethod(self._make_room)
-        self.swap.watch_memory(
-            on_peak=lambda shape, peak: learn()(shape, peak),
-            on_missing=lambda nbytes: make_room()(nbytes),
-        )
+        self.swap.watch.take_peaks(lambda shape, peak: learn()(shape, peak))
+        self.swap.on_missing = lambda nbytes: make_room()(nbytes)
         logger.info("\n".join([self.split.table(), *self._remarks()]))
         self._start_driving()
+
+    def _is_at_home(self) -> bool:
+        """Whether every pack is where the split wants it."""
+        return [pack.device for pack in self.packs] == self._homes()
 
     def _homes(self) -> list[torch.device]:
         return [device_utils.torch_device(home) for home in self.split.homes]
@@ -311,13 +281,14 @@ class SwappedModel:
         travels = [p for p in self.packs if p.device != compute and p.device.type == CPU]
         at_home = [p for p in self.all_packs() if p.device == compute and p.home_bytes]
         needs = [(p, Need.TRAVELS) for p in travels] + [(p, Need.HOME) for p in at_home]
+        for pack, need in needs:
+            pack.need(need)
         if any(not pack.locked for pack in travels):
             links.reserve_ring()  # or there may be nothing left for it
         for pack, need in needs:
-            pack.need(need)
-        for pack, need in needs:
-            if not pack.lock(self._locks, need, links.synchronize):
-                break  # a host that has refused once is not asked for every block
+            # A host that has refused once is not asked for every block.
+            if links.ring_is_refused or not pack.lock(self._locks, need, links.synchronize):
+                break
         if all(pack.locked for pack in travels):
             links.release_ring()
 
@@ -330,62 +301,34 @@ class SwappedModel:
         return has_room_for_homes(added, *device_utils.ram())
 
     def _timed(self, pass_time: PassTime) -> None:
-        """Say what the split costs now that it is known, and improve it where that pays.
-
-        An improvement is on trial until a pass of the same shape was timed with it.
-        """
-        trial = self._trial
-        if trial is not None:
-            if pass_time.shape != trial.shape:
-                self.swap.time_again(pass_time.shape)
-                return
-            self._trial = None
-            if not pass_time.total < trial.seconds:
-                self._take_back(trial, pass_time.total)
-            return
-        timing = _timing_of(pass_time, self.timing)
-        if timing is None:
-            return
-        self.timing = timing
-        planned, before = self.split, [pack.device for pack in self.packs]
+        """Say what the split costs now that it is known, and have the one that follows from it."""
         # What was given back to other models is not taken again before the next load.
-        if before == self._homes():
-            self.split = step_time.improve(planned, self.timing)
-        if self.split is not planned:
+        before, placed = self.split, self._is_at_home()
+        self.split = self.tuner.decide(pass_time, before, may_change=placed)
+        if self.split is not before and placed:
             try:
                 self._place()
                 logger.info(self.split.table())
             except RuntimeError as error:  # no memory for what should have fitted
                 logger.warning(f"[MultiGPU] block swap: the split stays as it was: {error}")
-                self._settle_for(planned)
-            else:
-                self._trial = _Trial(planned, pass_time.shape, pass_time.total)
-                self.swap.time_again(pass_time.shape)
-        cheapest = step_time.cheapest_quota(self.split, self.timing)
-        self.cheapest_bytes = None if cheapest is None else cheapest.compute_bytes
-        line = step_time.report(self.split, self.timing, cheapest)
-        logger.info(f"[MultiGPU] block swap: {line}")
-
-    def _take_back(self, trial: _Trial, seconds: float) -> None:
-        logger.info(
-            f"[MultiGPU] block swap: the split is what it was: a pass took {trial.seconds:.3g} s "
-            f"with it, and {seconds:.3g} s with the other"
-        )
-        self._settle_for(trial.split)
-
-    def _settle_for(self, split: Split) -> None:
-        """Go back to ``split``, and try no other before the next load."""
-        self.split = split
-        self._place()
-        self.swap.time_passes(None)
+                self.tuner.give_up()
+                self.split = before
+                self._place()
+        if self.tuner.on_trial is not None:
+            self.swap.watch.time_again(self.tuner.on_trial)
+        if self.tuner.given_up:
+            self.swap.watch.time_passes(None)
+        line = self.tuner.report(self.split)
+        if line is not None:
+            logger.info(f"[MultiGPU] block swap: {line}")
 
     def _remarks(self) -> Iterator[str]:
         """Lines for the table: what a pass will take, what there is in RAM, and how."""
         if self.is_auto and self.room is not None:
             yield f"  {self.split.compute_device}: auto is {self.room}"
-        if self.timing is not None:
-            cheapest = step_time.cheapest_quota(self.split, self.timing)
-            yield f"  {step_time.report(self.split, self.timing, cheapest)}"
+        line = self.tuner.report(self.split)
+        if line is not None:
+            yield f"  {line}"
         elif self.split.bytes_per_pass:
             yield step_time.transfer_line(self.split)
         compute = self.swap.compute_device
@@ -430,9 +373,9 @@ class SwappedModel:
 
     def give_back_spare(self, nbytes: int, offload_device: torch.device) -> int:
         """Free up to ``nbytes`` that ``auto`` has taken and that save no time; the bytes freed."""
-        if not self.is_auto or self.cheapest_bytes is None:
+        if not self.is_auto or self.tuner.cheapest_bytes is None:
             return 0
-        spare = min(nbytes, self.compute_bytes() - self.cheapest_bytes)
+        spare = min(nbytes, self.compute_bytes() - self.tuner.cheapest_bytes)
         return self.give_back(spare, offload_device) if spare > 0 else 0
 
     def unload(self, device: torch.device, donors_too: bool) -> torch.device:

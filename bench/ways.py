@@ -23,7 +23,7 @@ from machine import Machine
 from model import import_package
 
 from block_swap.allocation_parser import parse_allocation
-from block_swap.model_patcher_patch import page_locks
+from block_swap.host_memory import page_locks
 from block_swap.packed_weights import Pack
 from block_swap.page_locks import Need
 from block_swap.split import Block, ModelSizes, Split

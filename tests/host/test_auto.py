@@ -21,7 +21,7 @@ def card(bench, monkeypatch):
     """Makes the compute device a small one, and ComfyUI's reserves small with it."""
     monkeypatch.setattr(bench.mm, "EXTRA_RESERVED_VRAM", RESERVED)
     monkeypatch.setattr(bench.mm, "minimum_inference_memory", lambda: MIB // 2)
-    bench.module("model_patcher_patch").pass_memory._peaks.clear()
+    bench.module("host_memory").pass_memory._peaks.clear()
 
     def small(mebibytes):
         monkeypatch.setitem(ledger.capacity, COMPUTE, int(mebibytes * MIB))
@@ -63,7 +63,7 @@ def log(bench, caplog):
 @pytest.fixture(scope="module")
 def need(bench):
     """What a pass of the tests' video takes beside the weights, in bytes."""
-    seen = bench.module("model_patcher_patch").pass_memory
+    seen = bench.module("host_memory").pass_memory
     seen._peaks.clear()
     bench.sample(bench.distorch("acc:0,1mb;cpu,*"))
     (nbytes,) = seen._peaks.values()
@@ -136,14 +136,14 @@ def test_a_typed_quota_that_leaves_too_little_is_told_once(
 ):
     """Before the first step, with the largest quota that fits, exactly where it is due."""
     kind = bench.module("pass_memory").PassKind.of("WanModel", torch.bfloat16, (1, 16, 2, 8, 8))
-    bench.module("model_patcher_patch").pass_memory.learn(kind, need)
+    bench.module("host_memory").pass_memory.learn(kind, need)
     loader = bench.distorch(f"{COMPUTE},{quota}mb;cpu,*")
     patcher = bench.load(loader)
     bench.mm.load_models_gpu([patcher])
     weights = bench.state(patcher).split.compute_bytes
     bench.clear()
     assert log("too little of it") == []
-    # What one may type here is 8 MiB and a half; what a pass is known to need is reckoned with some slack.
+    # 8 MiB and a half may be typed here: what a pass is known to need is taken with some slack.
     card((8.5 * MIB + need * 1.03 + RESERVED) / MIB)
     for seed in (1, 2):
         with contextlib.suppress(comfy_host.PromptError):
@@ -203,7 +203,7 @@ def test_what_saves_no_time_is_given_back_before_others_are_evicted(bench, card)
     state, device = bench.state(patcher), torch.device(COMPUTE)
     held = state.compute_bytes()
     assert held == state.sizes.total_bytes
-    state.cheapest_bytes = held // 2
+    state.tuner.cheapest_bytes = held // 2
     wanted = bench.mm.get_free_memory(device) + held // 4
     bench.mm.free_memory(wanted, device)
     assert bench.mm.get_free_memory(device) >= wanted
@@ -244,3 +244,34 @@ def test_settings_of_the_host_are_respected(bench, card, monkeypatch, reference,
     for seed in (1, 2):
         assert bench.sample(bench.distorch(AUTO), seed=seed).equal(reference[seed])
     assert ledger.peak[COMPUTE] <= 16 * MIB
+
+
+def test_what_multigpu_loads_is_told_in_bytes(bench, card):
+    """It knows no `auto`; the string stays what the user typed."""
+    import comfy.model_patcher
+    import comfy.ops
+
+    bench.needs_multigpu(2, 5, 11)
+
+    class Inner(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            operations = comfy.ops.manual_cast
+            layers = [operations.Linear(1024, 1024, dtype=torch.bfloat16) for _ in range(6)]
+            self.diffusion_model = torch.nn.Module()
+            self.diffusion_model.blocks = torch.nn.ModuleList(layers)
+
+    bench.sample(bench.distorch("acc:0,12mb;cpu,*"))
+    bench.clear()
+    card(7)
+    inner, text = Inner(), "acc:0,auto;acc:1,*#acc:0"
+    patcher = comfy.model_patcher.ModelPatcher(inner, torch.device(COMPUTE), torch.device("cpu"))
+    bench.allocate(patcher, text)
+    patcher.partially_load(torch.device(COMPUTE))
+    assert bench.module("model_lookup").allocation_text(inner) == text
+    assert inner._distorch2_in_bytes[1].startswith(f"acc:0,{int(6.5 * MIB)}b;acc:1,*#")
+    held = sum(p.nbytes for p in inner.parameters() if str(p.device) == COMPUTE)
+    assert 0 < held <= 8 * MIB
+    assert {str(p.device) for p in inner.parameters()} == {COMPUTE, "acc:1"}
+    bench.allocate(patcher, "")
+    patcher.detach()

@@ -120,7 +120,7 @@ def test_after_a_pass_that_failed_the_devices_are_what_they_were(bench, seen, mo
         patcher.model.diffusion_model("no latent")
     assert torch.acc.current_device() == 0
     assert bench.mm.get_torch_device() == outside
-    assert bench.module("swap_executor").pass_device() is None
+    assert bench.module("device_utils").pass_device() is None
 
 
 def test_a_free_visits_only_devices_that_hold_something(bench, monkeypatch):

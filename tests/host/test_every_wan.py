@@ -747,7 +747,7 @@ def test_without_blocks_multigpus_own_path_is_taken(bench, make_list):
     bench.clear()
     # Not bytes on the CPU: MultiGPU rounds them to parts of all RAM, which is nothing here.
     subject = make("acc:0,40%;acc:1,60%").load()
-    plugin = bench.module("model_patcher_patch")
+    plugin = bench.module("model_lookup")
     assert not plugin.is_swapped_here(subject.patcher)
     assert not hasattr(subject.inner, plugin.STATE)
     # MultiGPU has placed single layers.

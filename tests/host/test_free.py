@@ -187,7 +187,7 @@ def test_planning_anew_changes_slots_alone_and_never_exceeds_either_split(bench,
     ledger.reset_peak()
     patcher = bench.loaded()
     patcher.model._distorch_v2_meta = {"full_allocation": "acc:0,14mb;cpu,*#acc:0"}
-    bench.module("model_patcher_patch").follow_allocation(patcher)
+    bench.module("model_lookup").follow_allocation(patcher)
     bench.mm.load_models_gpu([patcher])
     assert ledger.peak[COMPUTE] - before <= bench.state().split.compute_bytes + 20_000
 

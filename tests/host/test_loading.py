@@ -288,7 +288,7 @@ def test_a_model_that_is_no_wan_goes_to_multigpus_own_path(bench, monkeypatch):
             self.diffusion_model.blocks = torch.nn.ModuleList(layers)
 
     bench.sample(bench.distorch(SPLIT))  # MultiGPU has patched ComfyUI, and so has the plugin
-    patch = bench.module("model_patcher_patch")
+    patch = bench.module("model_lookup")
     inner = Inner()
     patcher = comfy.model_patcher.ModelPatcher(inner, torch.device(COMPUTE), torch.device("cpu"))
     bench.allocate(patcher, "acc:0,40%;acc:1,60%#acc:0")
@@ -372,7 +372,7 @@ def test_homes_are_let_go_where_ram_is_short(bench, ram, reference):
     bench.sample(bench.distorch(SPLIT))
     state = bench.state()
     assert sum(pack.home_bytes for pack in state.all_packs()) > 0
-    bench.module("model_patcher_patch").forget_homes(bench.loaded())
+    bench.module("model_lookup").forget_homes(bench.loaded())
     assert sum(pack.home_bytes for pack in state.all_packs()) == 0
     assert torch.equal(bench.sample(bench.distorch(SPLIT), 2), reference[2])
 

@@ -138,7 +138,7 @@ def test_page_locks_are_where_they_were_after_ten_loads(bench, cudart):
 
 
 def test_a_user_who_has_switched_page_locking_off_gets_none(bench, cudart, monkeypatch):
-    locks = bench.module("model_patcher_patch").page_locks()
+    locks = bench.module("host_memory").page_locks()
     monkeypatch.setattr(
         locks,
         "pinning",

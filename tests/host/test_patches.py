@@ -281,7 +281,7 @@ def test_planning_anew_waits_for_the_copies_of_the_last_pass(bench):
     patcher = bench.load(bench.distorch("acc:1,*"))
     before = _run(bench, patcher)
     patcher.model._distorch_v2_meta = {"full_allocation": "cpu,*#acc:0"}
-    bench.module("model_patcher_patch").follow_allocation(patcher)
+    bench.module("model_lookup").follow_allocation(patcher)
     assert torch.equal(_run(bench, patcher), before)
     assert bench.state(patcher).split.homes[:8] == ("cpu",) * 8
     simulator.check()

@@ -92,17 +92,17 @@ def test_a_timed_pass_is_predicted_and_its_split_improved(bench, forward, transf
     patcher, resident_step = transfer_bound
     state = bench.state(patcher)
     planned, held = state.split, ledger.allocated[COMPUTE]
-    state.swap.time_passes(None)
+    state.swap.watch.time_passes(None)
     first = forward(patcher)
     assert state.split is planned
-    state.swap.time_passes(state._timed)
+    state.swap.watch.time_passes(state._timed)
     second = forward(patcher)
     assert (state.split.slots, len(state.split.swapped)) == (2, 5)
     assert second < 0.9 * first
     step_time = bench.module("step_time")
-    assert first == pytest.approx(step_time.predict(planned, state.timing), rel=0.05)
-    assert second == pytest.approx(step_time.predict(state.split, state.timing), rel=0.05)
-    assert state.timing.compute == pytest.approx(resident_step, rel=0.05)
+    assert first == pytest.approx(step_time.predict(planned, state.tuner.timing), rel=0.05)
+    assert second == pytest.approx(step_time.predict(state.split, state.tuner.timing), rel=0.05)
+    assert state.tuner.timing.compute == pytest.approx(resident_step, rel=0.05)
     # The exchange takes no more memory than the split had.
     assert ledger.allocated[COMPUTE] <= held + 20_000
     assert patcher.loaded_size() == state.split.compute_bytes
@@ -138,7 +138,7 @@ def test_what_was_given_back_is_not_taken_by_an_improvement(bench, forward, tran
     left = patcher.loaded_size()
     state = bench.state(patcher)
     forward(patcher)
-    assert state.timing is not None
+    assert state.tuner.timing is not None
     assert patcher.loaded_size() == left + state.swap.slot_bytes
     bench.mm.load_models_gpu([patcher])
     assert patcher.loaded_size() == state.split.compute_bytes
@@ -186,7 +186,7 @@ def test_an_exchange_that_wins_stays(bench, forward, transfer_bound):
     state = bench.state(patcher)
     forward(patcher)
     better = state.split
-    assert state._trial is None  # confirmed
+    assert state.tuner.on_trial is None  # confirmed
     forward(patcher)
     assert state.split is better
 
@@ -199,4 +199,4 @@ def test_times_that_make_no_sense_change_nothing(bench, forward, transfer_bound,
     pass_time = bench.module("pass_timing").PassTime
     state._timed(pass_time((1,), seconds, 0.0, 0.0, 0.0, 0.0, ((torch.device("cpu"), 1, seconds),)))
     assert state.split is planned
-    assert state.timing is None
+    assert state.tuner.timing is None

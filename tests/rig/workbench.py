@@ -74,7 +74,7 @@ class Workbench:
 
     def loaded(self):
         """The patcher of the swapped model that ComfyUI holds now."""
-        state = self.module("model_patcher_patch").STATE
+        state = self.module("model_lookup").STATE
         (patcher,) = [
             loaded.model
             for loaded in self.mm.current_loaded_models
@@ -84,7 +84,7 @@ class Workbench:
 
     def state(self, patcher=None):
         """The swap state of a patcher's model."""
-        return getattr((patcher or self.loaded()).model, self.module("model_patcher_patch").STATE)
+        return getattr((patcher or self.loaded()).model, self.module("model_lookup").STATE)
 
     def clear(self):
         """Let every model go, as the free buttons do."""

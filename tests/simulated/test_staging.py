@@ -9,7 +9,7 @@ import torch
 
 from block_swap import device_utils, donor_link
 from block_swap.packed_weights import Pack
-from block_swap.page_locks import Need, PageLocks
+from block_swap.page_locks import Limit, Need, PageLocks
 from rig import page_locking as page_locking_rig
 from rig import simulator
 from toy import COMPUTE, Model, at_home, swap_of
@@ -129,8 +129,9 @@ def test_page_locked_homes_are_not_staged(page_locking):
     model = Model()
     swap = swap_of(model, ["cpu"] * 8)
     functions = page_locking_rig.pinning(page_locking_rig.Cudart())
-    functions.pin, functions.unpin = simulator.page_locking.lock, simulator.page_locking.unlock
-    locks = PageLocks(functions, lambda: 1 << 40)
+    functions.pin = simulator.page_locking.lock
+    functions.unpin = lambda tensor: simulator.page_locking.unlock(tensor) is None
+    locks = PageLocks(functions, lambda: Limit(1 << 40, 0))
     for pack in swap._packs[:5]:
         assert pack.lock(locks, Need.TRAVELS, swap.links.synchronize)
     assert swap.count_staged() == 3

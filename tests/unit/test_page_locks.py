@@ -1,9 +1,12 @@
 """The budget of page-locked memory: what it grants, to whom, and that it is given back."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
-from block_swap.page_locks import Need, PageLocks, lockable
+from block_swap.page_locks import Limit, Need, PageLocks
 from rig import page_locking
 
 GIB = 1 << 30
@@ -22,19 +25,31 @@ def buffers(count, nbytes=100):
     return [torch.zeros(nbytes, dtype=torch.uint8) for _ in range(count)]
 
 
-def budget(cudart, limit=1 << 60, **pinning):
+def budget(cudart, limit=1 << 60, margin=0, **pinning):
     functions = page_locking.pinning(cudart)
     vars(functions).update(pinning)
-    return PageLocks(functions, lambda: limit)
+    return PageLocks(functions, lambda: Limit(limit, margin))
 
 
 @pytest.mark.parametrize(
     ("ram", "windows", "most"), [(32, False, 27.2), (32, True, 11.2), (64, False, 54.4)]
 )
 def test_a_share_of_ram_by_platform(ram, windows, most):
-    assert lockable(ram * GIB, windows) == pytest.approx(most * GIB)
-    # Less than the host's own: 0.4 of RAM on Windows, where half is the limit, 0.9 elsewhere.
-    assert lockable(ram * GIB, windows) < (0.4 if windows else 0.9) * ram * GIB
+    limit = Limit.of(ram * GIB, windows)
+    assert limit.most - limit.margin == pytest.approx(most * GIB, rel=1e-6)
+    assert limit.most <= (0.4 if windows else 0.9) * ram * GIB  # ComfyUI's own
+
+
+def test_homes_leave_a_margin_that_rings_may_take(cudart):
+    """Of the host's room, too: others page-lock without asking anybody."""
+    for room in (lambda: 1 << 60, lambda: 350 - cudart.nbytes):
+        locks = budget(cudart, limit=350, margin=100, room=room)
+        held = [locks.lock(b, Need.TRAVELS, nothing) for b in buffers(3)]
+        assert [lock is not None for lock in held] == [True, True, False]
+        ring = locks.lock(buffers(1)[0], Need.RING, nothing)
+        assert ring is not None
+        for lock in (*held[:2], ring):
+            lock.release()
 
 
 def test_no_more_than_the_limit(cudart):
@@ -104,7 +119,7 @@ def test_a_buffer_is_unlocked_when_no_copy_reads_it_any_more(cudart):
     locks = budget(cudart)
     (buffer,) = buffers(1)
     order = []
-    locks.pinning.unpin = lambda _: order.append("unlocked")
+    locks.pinning.unpin = lambda _: order.append("unlocked") or True
     locks.lock(buffer, Need.TRAVELS, lambda: order.append("settled")).release()
     assert order == ["settled", "unlocked"]
 
@@ -125,3 +140,31 @@ def test_a_user_who_has_switched_it_off_is_respected(cudart):
     locks = budget(cudart, allowed=False)
     assert locks.lock(buffers(1)[0], Need.TRAVELS, nothing) is None
     assert cudart.calls == 0
+
+
+def test_memory_that_cannot_be_unlocked_is_kept_and_counted(cudart):
+    """Freed while the driver has it registered, it would be somebody else's crash."""
+    locks = budget(cudart, unpin=lambda _: False)
+    (buffer,) = buffers(1)
+    lock = locks.lock(buffer, Need.UNLOADED, nothing)
+    dead = weakref.ref(buffer)
+    lock.release()
+    del buffer, lock
+    gc.collect()
+    assert dead() is not None
+    assert locks.nbytes == 100
+
+
+def test_a_finalizer_may_release_a_lock_while_another_is_made(cudart):
+    locks = budget(cudart, limit=250)
+    first = locks.lock(buffers(1)[0], Need.TRAVELS, nothing)
+    pin = locks.pinning.pin
+
+    def collected_meanwhile(tensor):
+        first.release()
+        return pin(tensor)
+
+    locks.pinning.pin = collected_meanwhile
+    second = locks.lock(buffers(1)[0], Need.TRAVELS, nothing)
+    assert (first.held, second.held) == (False, True)
+    assert locks.nbytes == cudart.nbytes == 100

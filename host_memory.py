@@ -1,0 +1,302 @@
+"""The joins to ComfyUI's accounting: what is free, what a pass needs, what a load takes.
+
+What ComfyUI is told of a swapped model is true at every moment; what it says is free, and what
+passes were seen to need, is what ``auto`` plans with. Page-locking is ComfyUI's, within a budget.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import sys
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+
+from . import device_utils, step_time
+from .allocation_parser import AUTO, CPU, in_bytes
+from .model_blocks import block_lists
+from .model_lookup import (
+    META,
+    STATE,
+    allocation_text,
+    diffusion_model_of,
+    is_swapped_here,
+    read_allocation,
+)
+from .page_locks import Limit, PageLocks, Pinning
+from .pass_memory import SPATIAL, TEMPORAL, PassKind, PassMemory, Room
+from .patch_table import Patch
+from .split import format_bytes
+from .swapped_model import DONOR_MARGIN, SwappedModel
+
+logger = logging.getLogger("MultiGPU")
+
+# What passes were seen to need, as long as the process lives.
+pass_memory = PassMemory()
+
+# On an inner model: the kind of pass that ComfyUI has last asked the memory of.
+ASKED = "_distorch2_asked"
+
+# On an inner model that MultiGPU loads: its allocation, and what MultiGPU reads in its place.
+TRANSLATED = "_distorch2_in_bytes"
+
+# What ComfyUI wants to have free beside the weights for the load that is going on, in bytes.
+_wanted_free: ContextVar[float] = ContextVar("wanted_free", default=0.0)
+
+
+def _kind_of(model, shape) -> PassKind:
+    return PassKind.of(type(model.diffusion_model).__name__, model.get_dtype(), shape)
+
+
+def memory_required(wrapped, model, args, kwargs):
+    """What a pass needs beside the weights: for ``auto``, what it was seen to need."""
+    estimate = wrapped(*args, **kwargs)
+    if not allocation_text(model) or not block_lists(diffusion_model_of(model)):
+        return estimate
+    kind = _kind_of(model, kwargs["input_shape"] if "input_shape" in kwargs else args[0])
+    setattr(model, ASKED, kind)
+    return pass_memory.need(kind, estimate) if AUTO in allocation_text(model).lower() else estimate
+
+
+def room_for_weights(patcher, state: SwappedModel, extra_memory: float) -> Room:
+    """What the compute device has for weights once the next pass has what it needs.
+
+    ``extra_memory`` is ComfyUI's answer: at least a part of what is free (two fifths of it), as its
+    estimates may be too high. Where the need is known that is no longer good enough.
+    """
+    import comfy.model_management as mm
+
+    model, held = patcher.model, state.compute_bytes()
+    free = mm.get_free_memory(patcher.load_device) + held
+    kind = model.__dict__.pop(ASKED, None)
+    formats = getattr(model, "latent_format", None)
+    what = "" if kind is None else kind.describe(*_downscaling(formats))
+    if kind is not None and pass_memory.knows(kind):
+        # For ``auto`` ComfyUI was told, and has added what ControlNets and the like will need.
+        known = _wanted_free.get() if state.is_auto else pass_memory.need(kind, 0)
+        need = max(mm.minimum_inference_memory(), known + mm.extra_reserved_memory())
+        return Room(free, need, what)
+    if extra_memory >= EVERYTHING:
+        return Room(free, mm.minimum_inference_memory(), what)
+    return Room(free, free - held - extra_memory, what)
+
+
+def _downscaling(latent_format) -> tuple[int, int]:
+    """Pixels and frames of one latent position; ComfyUI knows them for most formats."""
+    spatial = getattr(latent_format, "spacial_downscale_ratio", SPATIAL)
+    temporal = getattr(latent_format, "temporal_downscale_ratio", 1)
+    return spatial, temporal if temporal > 1 else TEMPORAL
+
+
+def warn_if_too_little_is_left(state: SwappedModel, room: Room) -> None:
+    """Before the first step, once for every cause: a typed quota leaves the video too little."""
+    short = state.split.compute_bytes - room.nbytes
+    device = state.split.compute_device
+    if state.is_auto or short <= 0 or device == CPU or not room.what:
+        return
+    if state.warned_of != (room.what, state.split):
+        state.warned_of = (room.what, state.split)
+        logger.warning(
+            f"[MultiGPU] block swap: {room.what} may need {format_bytes(int(room.need))} of "
+            f"{device}, and {format_bytes(state.split.compute_bytes)} of weights leave "
+            f"{format_bytes(short)} too little of it: type {device},"
+            f"{step_time.as_amount_within(room.nbytes)} or less, or {device},auto"
+        )
+
+
+@functools.cache
+def page_locks() -> PageLocks:
+    """Page-locking as ComfyUI does it, within a budget: from 0.24 on it keeps to none itself."""
+    import comfy.model_management as mm
+
+    def room() -> int:
+        if not hasattr(mm, "MAX_PINNED_MEMORY"):
+            return sys.maxsize
+        return int(mm.MAX_PINNED_MEMORY) - mm.TOTAL_PINNED_MEMORY
+
+    def make_room(nbytes: int) -> None:
+        if hasattr(mm, "ensure_pin_registerable"):
+            mm.ensure_pin_registerable(nbytes, evict_active=False)
+
+    def able() -> bool:
+        return getattr(mm, "MAX_PINNED_MEMORY", 1) > 0
+
+    def limit() -> Limit:
+        return Limit.of(device_utils.ram()[1], sys.platform == "win32")
+
+    allowed = not getattr(mm.args, "disable_pinned_memory", False)
+    pinning = Pinning(
+        pin=lambda tensor: mm.pin_memory(tensor),
+        unpin=lambda tensor: mm.unpin_memory(tensor),
+        room=room,
+        make_room=make_room,
+        able=able,
+        allowed=allowed,
+    )
+    return PageLocks(pinning, limit)
+
+
+# Whether models that are unloaded keep their blocks on other accelerators.
+donors_stay: ContextVar[bool] = ContextVar("donors_stay", default=False)
+
+# ComfyUI asks for this much, or more, to mean "everything".
+EVERYTHING = 1e29
+
+
+def free_memory(wrapped, instance, args, kwargs):
+    """Who needs room on one device gains nothing from blocks that leave another."""
+
+    def bind(memory_required, device, keep_loaded=(), **_):
+        return memory_required, device, keep_loaded
+
+    memory_required, device, keep_loaded = bind(*args, **kwargs)
+    if memory_required < EVERYTHING:
+        _give_back_spare(memory_required, device, keep_loaded)
+    token = donors_stay.set(memory_required < EVERYTHING)
+    try:
+        return wrapped(*args, **kwargs)
+    finally:
+        donors_stay.reset(token)
+
+
+def _give_back_spare(memory_required: float, device, keep_loaded) -> None:
+    """Before others are evicted, ``auto`` gives back what it has taken and gains no time by."""
+    import comfy.model_management as mm
+
+    for loaded in mm.current_loaded_models:
+        if loaded.device != device or loaded.model is None or loaded in keep_loaded:
+            continue
+        state = getattr(loaded.model.model, STATE, None)
+        missing = memory_required - mm.get_free_memory(device)
+        if missing > 0 and state is not None and state.loaded:
+            state.give_back_spare(int(missing), loaded.model.offload_device)
+
+
+def model_memory_required(wrapped, loaded_model, args, kwargs):
+    """What a load will take of the compute device: the split's share, less what is there."""
+    patcher = loaded_model.model
+    if not is_swapped_here(patcher):
+        return wrapped(*args, **kwargs)
+    state = state_of(patcher)
+    return max(0, state.wanted_bytes - state.compute_bytes())
+
+
+def model_memory(wrapped, loaded_model, args, kwargs):
+    """What a load will take of RAM, and of what may be page-locked: homes are there already.
+
+    ComfyUI takes it for the whole model, at every run of a sampler, and on small RAM unpins text
+    encoder and VAE to make room.
+    """
+    state = getattr(loaded_model.model.model, STATE, None)
+    return wrapped(*args, **kwargs) if state is None else state.homeless_bytes()
+
+
+def model_mmap_residency(wrapped, loaded_model, args, kwargs):
+    """The same for ComfyUI 0.18 to 0.20, as (bytes in RAM, bytes in all) of what is to come."""
+    state = getattr(loaded_model.model.model, STATE, None)
+    return wrapped(*args, **kwargs) if state is None else (0, state.homeless_bytes())
+
+
+def load_models_gpu(original):
+    """MultiGPU's ``load_models_gpu`` computes with the whole model and evicts everything else.
+
+    ``original`` is ComfyUI's, which computes with ``model_memory_required``.
+    """
+
+    def wanted(models, memory_required=0, force_patch_weights=False, minimum_memory_required=None):
+        return memory_required if minimum_memory_required is None else minimum_memory_required
+
+    def load_models_gpu(wrapped, instance, args, kwargs):
+        models = kwargs["models"] if "models" in kwargs else args[0]
+        if not any(hasattr(m, "model") and is_swapped_here(m) for m in models):
+            with ExitStack() as stack:
+                for patcher in models:
+                    stack.enter_context(readable_by_multigpu(patcher))
+                return wrapped(*args, **kwargs)
+        known = {name: value for name, value in kwargs.items() if name != "force_full_load"}
+        token = _wanted_free.set(wanted(*args[:4], **known))
+        try:
+            return original(*args, **kwargs)
+        finally:
+            _wanted_free.reset(token)
+
+    return load_models_gpu
+
+
+@contextmanager
+def readable_by_multigpu(patcher) -> Iterator[None]:
+    """Inside, ``auto`` is bytes in the allocation of a model that MultiGPU loads.
+
+    They are what is free when the model is loaded first: every other number would have MultiGPU
+    distribute it anew.
+    """
+    model = getattr(patcher, "model", None)
+    text = allocation_text(model) if hasattr(model, META) else ""
+    if AUTO not in text.lower() or is_swapped_here(patcher):
+        yield
+        return
+    if model.__dict__.get(TRANSLATED, ("",))[0] != text:
+        setattr(model, TRANSLATED, (text, _in_bytes(patcher)))
+    setattr(model, META, {"full_allocation": getattr(model, TRANSLATED)[1]})
+    try:
+        yield
+    finally:
+        setattr(model, META, {"full_allocation": text})
+
+
+def _in_bytes(patcher) -> str:
+    import comfy.model_management as mm
+
+    allocation = read_allocation(patcher)
+    memory = {e.device: device_utils.total_memory(e.device) for e in allocation.entries}
+    spare = {
+        device: int((1 - DONOR_MARGIN) * device_utils.free_memory(device))
+        for device in allocation.auto_devices
+    }
+    if allocation.compute_device in spare:
+        free = mm.get_free_memory(patcher.load_device) - mm.minimum_inference_memory()
+        spare[allocation.compute_device] = max(0, int(free))
+    return in_bytes(allocation, allocation.quotas(patcher.model_size(), memory, spare))
+
+
+def loaded_size(wrapped, patcher, args, kwargs):
+    """What is there now: slots come and go with passes, not only with loads."""
+    state = getattr(patcher.model, STATE, None)
+    return wrapped(*args, **kwargs) if state is None else state.compute_bytes()
+
+
+def state_of(patcher) -> SwappedModel:
+    """The swap state of a patcher's model, made at its first load."""
+    state = getattr(patcher.model, STATE, None)
+    if state is not None and state.swap.compute_device != patcher.load_device:
+        state.unload(patcher.offload_device, donors_too=True)
+        state = None
+    if state is None:
+        model = weakref.ref(patcher.model)
+
+        def learn(shape, nbytes: int) -> None:
+            pass_memory.learn(_kind_of(model(), shape), nbytes)
+
+        state = SwappedModel(patcher.model, read_allocation(patcher), page_locks(), learn)
+        setattr(patcher.model, STATE, state)
+    return state
+
+
+def accounting_patches(host_load_models_gpu: Callable) -> list[Patch]:
+    """What is patched of ComfyUI's accounting; ``host_load_models_gpu`` is its own function."""
+    import comfy.model_management as mm
+
+    manager = "comfy.model_management"
+    loading = load_models_gpu(host_load_models_gpu)
+    residency = Patch(manager, "LoadedModel.model_mmap_residency", model_mmap_residency)
+    return [
+        *([residency] if hasattr(mm.LoadedModel, "model_mmap_residency") else []),
+        Patch("comfy.model_patcher", "ModelPatcher.loaded_size", loaded_size),
+        Patch("comfy.model_base", "BaseModel.memory_required", memory_required),
+        Patch(manager, "LoadedModel.model_memory_required", model_memory_required),
+        Patch(manager, "LoadedModel.model_memory", model_memory),
+        Patch(manager, "free_memory", free_memory),
+        Patch(manager, "load_models_gpu", loading),
+    ]
