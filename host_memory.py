@@ -47,7 +47,8 @@ _wanted_free: ContextVar[float] = ContextVar("wanted_free", default=0.0)
 
 
 def _kind_of(model, shape) -> PassKind:
-    return PassKind.of(type(model.diffusion_model).__name__, model.get_dtype(), shape)
+    dtype = model.get_dtype() if hasattr(model, "get_dtype") else None
+    return PassKind.of(type(model.diffusion_model).__name__, dtype, shape)
 
 
 def memory_required(wrapped, model, args, kwargs):

@@ -246,8 +246,11 @@ def test_settings_of_the_host_are_respected(bench, card, monkeypatch, reference,
     assert ledger.peak[COMPUTE] <= 16 * MIB
 
 
-def test_what_multigpu_loads_is_told_in_bytes(bench, card):
-    """It knows no `auto`; the string stays what the user typed."""
+def test_what_multigpu_loads_is_told_in_bytes(bench, card, monkeypatch):
+    """It knows no `auto`; the string stays what the user typed.
+
+    A layer is 2 MiB here, and MultiGPU may place one more than it was asked to.
+    """
     import comfy.model_patcher
     import comfy.ops
 
@@ -263,13 +266,14 @@ def test_what_multigpu_loads_is_told_in_bytes(bench, card):
 
     bench.sample(bench.distorch("acc:0,12mb;cpu,*"))
     bench.clear()
-    card(7)
+    card(9)
+    monkeypatch.setattr(bench.mm, "minimum_inference_memory", lambda: 3 * MIB)
     inner, text = Inner(), "acc:0,auto;acc:1,*#acc:0"
     patcher = comfy.model_patcher.ModelPatcher(inner, torch.device(COMPUTE), torch.device("cpu"))
     bench.allocate(patcher, text)
     patcher.partially_load(torch.device(COMPUTE))
     assert bench.module("model_lookup").allocation_text(inner) == text
-    assert inner._distorch2_in_bytes[1].startswith(f"acc:0,{int(6.5 * MIB)}b;acc:1,*#")
+    assert inner._distorch2_in_bytes[1].startswith(f"acc:0,{6 * MIB}b;acc:1,*#")
     held = sum(p.nbytes for p in inner.parameters() if str(p.device) == COMPUTE)
     assert 0 < held <= 8 * MIB
     assert {str(p.device) for p in inner.parameters()} == {COMPUTE, "acc:1"}

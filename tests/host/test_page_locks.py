@@ -1,8 +1,10 @@
 """Page-locking through ComfyUI's own functions, over a driver that counts and can refuse."""
 
 import gc
+import threading
 
 import pytest
+import torch
 
 from conftest import LAYERS
 from rig import page_locking
@@ -17,6 +19,7 @@ def cudart(bench, monkeypatch):
     cudart = page_locking.install(monkeypatch, bench.mm, BUDGET)
     donor_link = bench.module("donor_link")
     monkeypatch.setattr(donor_link, "CHUNK_BYTES", 1 << 16)  # the ring of a tiny model
+    monkeypatch.setattr(bench.module("page_locks"), "MARGIN", 0)  # in RAM of this machine's size
     yield cudart
     bench.clear()
     gc.collect()
@@ -66,7 +69,15 @@ def test_the_plugin_has_a_budget_of_its_own(bench, cudart, monkeypatch):
     utils = bench.module("device_utils")
     monkeypatch.setattr(utils, "ram", lambda: (64 * MIB, 8 * MIB))
     load(bench)
-    assert 0 < cudart.peak <= 0.85 * 8 * MIB
+    assert 0 < cudart.peak <= 0.9 * 8 * MIB
+
+
+def test_homes_leave_a_margin_below_the_hosts_limit(bench, cudart, monkeypatch):
+    """Others page-lock as well, and some of them count for nobody."""
+    monkeypatch.setattr(bench.module("page_locks"), "MARGIN", 0.5)
+    monkeypatch.setattr(bench.module("device_utils"), "ram", lambda: (8 * MIB, 8 * MIB))
+    load(bench)
+    assert 0 < cudart.peak <= BUDGET - 4 * MIB
 
 
 def test_where_everything_may_be_locked_no_ring_is_kept(bench, cudart, monkeypatch):
@@ -171,3 +182,68 @@ def test_a_sampler_run_asks_for_no_pins_and_no_ram_that_are_there_already(bench,
     asked.clear()
     bench.mm.load_models_gpu([patcher])
     assert asked and set(asked) == {(0, 0)}
+
+
+def test_a_loaded_model_gets_page_locks_that_become_free(bench, cudart, monkeypatch):
+    monkeypatch.setattr(bench.mm, "MAX_PINNED_MEMORY", 20 * MIB)
+    first = load(bench)
+    other = load(bench, unet_name="other.safetensors")
+    assert sum(locked(bench, other)) < LAYERS <= sum(locked(bench, first))
+    bench.state(first).unload(first.offload_device, donors_too=True)
+    bench.mm.load_models_gpu([other])
+    assert all(locked(bench, other))
+    assert bench.state(other).swap.count_staged() == 0
+
+
+def test_no_ring_goes_past_the_budget(bench, cudart, monkeypatch):
+    """Then copies are slow, which is better than somebody else's copy failing."""
+    monkeypatch.setattr(bench.mm, "MAX_PINNED_MEMORY", MIB // 4)
+    beside = []
+    utils = bench.module("device_utils")
+    monkeypatch.setattr(utils, "page_locked", lambda nbytes: beside.append(nbytes))
+    patcher = load(bench)
+    assert beside == []
+    assert cudart.nbytes == 0
+    assert bench.state(patcher).swap.count_staged() == 0
+
+
+def test_blocks_that_were_given_back_travel_page_locked(bench, cudart, monkeypatch):
+    monkeypatch.setattr(bench.mm, "MAX_PINNED_MEMORY", 1 << 30)
+    patcher = load(bench, "acc:0,*")
+    with torch.inference_mode():
+        patcher.partially_unload(torch.device("cpu"), 1 << 40)
+    assert all(locked(bench, patcher))
+
+
+def test_a_collection_in_the_staging_worker_does_not_wait_for_itself(bench, cudart, monkeypatch):
+    """What is collected there may be the model whose copy the worker is at."""
+    monkeypatch.setattr(bench.module("device_utils"), "ram", lambda: (1 << 40, 1 << 40))
+    monkeypatch.setattr(bench.mm, "MAX_PINNED_MEMORY", 3 * MIB)
+    patcher = load(bench, "acc:0,8mb;cpu,*")
+    state = bench.state(patcher)
+    state.non_block.lock(
+        bench.module("host_memory").page_locks(),
+        bench.module("page_locks").Need.HOME,
+        state.swap.links.synchronize,
+    )
+    assert state.swap.count_staged() > 0
+    ring = bench.module("donor_link").Ring
+    copy, collected = ring.copy, threading.Event()
+
+    def collecting(*args):
+        copy(*args)
+        gc.collect()
+        collected.set()
+
+    state.swap.settle()
+    monkeypatch.setattr(ring, "copy", collecting)
+    state.swap._prefetch()
+    patcher.model.itself = patcher.model
+    bench.mm.current_loaded_models.clear()
+    del patcher, state
+    assert collected.wait(20)
+    gc.collect()
+    for thread in threading.enumerate():
+        if thread.name.startswith("block-swap"):
+            thread.join(20)
+            assert not thread.is_alive()

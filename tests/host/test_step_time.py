@@ -200,3 +200,63 @@ def test_times_that_make_no_sense_change_nothing(bench, forward, transfer_bound,
     state._timed(pass_time((1,), seconds, 0.0, 0.0, 0.0, 0.0, ((torch.device("cpu"), 1, seconds),)))
     assert state.split is planned
     assert state.tuner.timing is None
+
+
+@pytest.fixture
+def on_trial(bench, forward, transfer_bound, monkeypatch):
+    """A patcher whose split was exchanged for one that will lose, and not been timed since."""
+    patcher, _ = transfer_bound
+    state = bench.state(patcher)
+    step_time = bench.module("step_time")
+    planned = state.split
+    worse = step_time.replace(planned, slots=1)
+    monkeypatch.setattr(step_time, "improve", lambda split, timing: worse)
+    pass_time = bench.module("pass_timing").PassTime
+    copies = ((torch.device("cpu"), 1 << 20, 0.5),)
+    state._timed(pass_time((1,), 2.0, 0.5, 0.0, 0.0, 0.0, copies))
+    assert state.split is worse and state.tuner.on_trial == (1,)
+
+    def decide(seconds, shape=(1,)):
+        state._timed(pass_time(shape, seconds, 0.5, 0.0, 0.0, 0.0, copies))
+
+    return patcher, state, planned, decide
+
+
+def test_a_trial_that_loses_takes_nothing_back_that_was_given_away(bench, on_trial):
+    patcher, state, planned, decide = on_trial
+    with torch.inference_mode():
+        patcher.partially_unload(torch.device("cpu"), 1 << 40)
+    left = patcher.loaded_size()
+    decide(3.0)
+    assert state.split is planned
+    assert patcher.loaded_size() == left
+    bench.mm.load_models_gpu([patcher])
+    assert patcher.loaded_size() == planned.compute_bytes
+
+
+def test_a_trial_outlives_a_load(bench, on_trial):
+    """Wan 2.2's experts take turns after few passes."""
+    patcher, state, planned, decide = on_trial
+    bench.mm.free_memory(1 << 50, patcher.load_device)
+    bench.mm.load_models_gpu([patcher])
+    assert state.tuner.on_trial == (1,)
+    decide(3.0)
+    assert state.split is planned
+
+
+def test_a_trial_ends_with_passes_of_another_shape(bench, on_trial, monkeypatch):
+    _, state, planned, decide = on_trial
+    monkeypatch.setattr(bench.module("step_time"), "improve", lambda split, timing: split)
+    decide(1.0, shape=(2,))
+    assert state.tuner.on_trial is None
+    assert state.split is planned
+
+
+def test_what_has_lost_is_not_tried_again(bench, on_trial):
+    """Neither after another load, nor after another string and back."""
+    patcher, state, planned, decide = on_trial
+    decide(3.0)
+    bench.mm.free_memory(1 << 50, patcher.load_device)
+    bench.mm.load_models_gpu([patcher])
+    decide(2.0, shape=(3,))
+    assert state.split is planned
