@@ -277,8 +277,9 @@ def state_of(patcher) -> SwappedModel:
     if state is None:
         model = weakref.ref(patcher.model)
 
-        def learn(shape, nbytes: int) -> None:
-            pass_memory.learn(_kind_of(model(), shape), nbytes)
+        def learn(shape, nbytes: int, failed: bool) -> None:
+            note = pass_memory.fail if failed else pass_memory.learn
+            note(_kind_of(model(), shape), nbytes)
 
         state = SwappedModel(patcher.model, read_allocation(patcher), page_locks(), learn)
         setattr(patcher.model, STATE, state)

@@ -20,6 +20,9 @@ TEMPORAL = 4
 # What is learnt is asked for with this much more: allocators round, and fragment.
 SLACK = 0.03
 
+# What a pass that failed would have needed: it shows no more than where it stopped.
+BEYOND = 1.5
+
 
 @dataclass(frozen=True)
 class PassKind:
@@ -59,20 +62,29 @@ class PassMemory:
 
     def __init__(self) -> None:
         self._peaks: dict[PassKind, int] = {}
+        self._failed: dict[PassKind, float] = {}
 
     def learn(self, kind: PassKind, nbytes: int) -> None:
         """A pass has needed ``nbytes`` beside the weights; the most of all counts."""
         self._peaks[kind] = max(nbytes, self._peaks.get(kind, 0))
+        self._failed.pop(kind, None)
+
+    def fail(self, kind: PassKind, nbytes: int) -> None:
+        """A pass has failed that needed ``nbytes`` at least: more is kept until one runs."""
+        self._failed[kind] = BEYOND * max(nbytes, self._failed.get(kind, 0))
 
     def knows(self, kind: PassKind) -> bool:
         """Whether a pass of this kind, in a batch of any size, was seen."""
-        return any(known.batched(0) == kind.batched(0) for known in self._peaks)
+        seen = [*self._peaks, *self._failed]
+        return any(known.batched(0) == kind.batched(0) for known in seen)
 
     def need(self, kind: PassKind, estimate: float) -> float:
         """Bytes that a pass needs; ``estimate`` where nothing is known.
 
         A batch of another size needs in proportion.
         """
+        if kind in self._failed:
+            return max(self._failed[kind], self._peaks.get(kind, 0))
         if kind in self._peaks:
             return self._peaks[kind] * (1 + SLACK)
         others = [

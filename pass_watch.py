@@ -25,7 +25,7 @@ class PassWatch:
     def __init__(self, device: torch.device):
         self._device = device
         self._on_pass_time: Callable[[PassTime], None] | None = None
-        self._on_peak: Callable[[object, int], None] | None = None
+        self._on_peak: Callable[..., None] | None = None
         self._to_come: dict[object, int] = {}  # passes until one is timed, by shape of inputs
         self._peaks: set = set()  # shapes whose peak is known
         self._timer: PassTimer | None = None
@@ -45,10 +45,11 @@ class PassWatch:
         """Time the next pass but one of ``shape`` as well."""
         self._to_come[shape] = 2
 
-    def take_peaks(self, on_peak: Callable[[object, int], None]) -> None:
-        """Call ``on_peak`` with the shape of a pass, the first of that shape, and its peak.
+    def take_peaks(self, on_peak: Callable[..., None]) -> None:
+        """Call ``on_peak(shape, nbytes, failed=...)`` for the first pass of a shape of inputs.
 
-        That is the most bytes that were allocated on the device while it ran.
+        ``nbytes`` is the most that was allocated on the device while it ran; where it ``failed``,
+        it would have taken that much at least.
         """
         self._on_peak = on_peak
         self._peaks.clear()
@@ -107,7 +108,14 @@ class PassWatch:
         peak = device_utils.peak_memory(self._device) if completed else None
         if peak is not None:
             self._peaks.add(shape)
-            self._on_peak(shape, peak)
+            self._on_peak(shape, peak, failed=False)
+
+    def report_missing(self, nbytes: int) -> None:
+        """The pass fails for want of ``nbytes``: its peak is that much higher, at least."""
+        peak = device_utils.peak_memory(self._device)
+        if self._peak_of is not None and peak is not None:
+            self._on_peak(self._peak_of, peak + nbytes, failed=True)
+        self._peaks.clear()
 
     @property
     def timer(self) -> PassTimer | None:

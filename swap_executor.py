@@ -155,10 +155,17 @@ class BlockSwap:
         names = entry_points(type(model), {*self._lists, *self._embeddings})
         before = {name: model.__dict__[name] for name in names if name in model.__dict__}
         driving = [True]
-        entries = {
-            name: self._entry(reference, getattr(type(model), name), before.get(name), driving)
-            for name in names
-        }
+        entries: dict[str, Callable] = {}
+
+        def may_repeat() -> bool:
+            """Whether all of it is the model's own code: others may keep state across passes."""
+            own = reference().__dict__
+            ours = (getattr(own.get(name), "driving", None) is driving for name in names)
+            return not before and all(ours)
+
+        for name in names:
+            method, replaced = getattr(type(model), name), before.get(name)
+            entries[name] = self._entry(reference, method, replaced, driving, may_repeat)
         model.__dict__.update(entries)
 
         def undo() -> None:
@@ -180,6 +187,7 @@ class BlockSwap:
         method: Callable,
         replaced: Callable | None,
         driving: list[bool],
+        may_repeat: Callable[[], bool],
     ) -> Callable:
         @functools.wraps(method)
         def entry(*args, **kwargs):
@@ -193,20 +201,25 @@ class BlockSwap:
                         return method(model, *args, **kwargs)
                 except Exception as error:
                     # What the method computes is a function of its inputs: it can run again.
-                    if replaced is not None or not self._find_room(model, error):
+                    if not self._find_room(model, error, may_repeat()):
                         raise
 
+        entry.driving = driving
         return entry
 
-    def _find_room(self, model: torch.nn.Module, error: Exception) -> bool:
+    def _find_room(self, model: torch.nn.Module, error: Exception, may_repeat: bool) -> bool:
         """Whether ``error`` is the allocator's and room was made: what failed may run again."""
         missing = device_utils.missing_memory(error)
         if missing is None or self.on_missing is None:
+            return False
+        if not may_repeat:
+            self.watch.report_missing(missing)
             return False
         self._release_slots()
         self.watch.drop_timer()
         self._trace, self._cursor = [], 0
         if not self.on_missing(missing):
+            self.watch.report_missing(missing)
             return False
         # The frames of what failed hold its tensors.
         traceback.clear_frames(error.__traceback__)

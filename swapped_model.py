@@ -54,7 +54,7 @@ class SwappedModel:
         model: torch.nn.Module,
         allocation: Allocation,
         locks: PageLocks,
-        on_need: Callable[[object, int], None] | None = None,
+        on_need: Callable[[object, int, bool], None] | None = None,
     ):
         diffusion_model = model.diffusion_model
         lists = block_lists(diffusion_model)
@@ -173,10 +173,10 @@ class SwappedModel:
         )
         return True
 
-    def _learn(self, shape: object, peak: int) -> None:
+    def _learn(self, shape: object, peak: int, failed: bool) -> None:
         """The allocator's peak in a pass: what it needs beside the weights is known now."""
         if self._others is not None and self._on_need is not None:
-            self._on_need(shape, max(0, peak - self._others - self.compute_bytes()))
+            self._on_need(shape, max(0, peak - self._others - self.compute_bytes()), failed)
 
     def note_memory(self) -> None:
         """The model is loaded: what is allocated besides belongs to others."""
@@ -246,7 +246,7 @@ class SwappedModel:
         timed = weakref.WeakMethod(self._timed)
         self.swap.watch.time_passes(lambda pass_time: timed()(pass_time))
         learn, make_room = weakref.WeakMethod(self._learn), weakref.WeakMethod(self._make_room)
-        self.swap.watch.take_peaks(lambda shape, peak: learn()(shape, peak))
+        self.swap.watch.take_peaks(lambda *peak, failed: learn()(*peak, failed))
         self.swap.on_missing = lambda nbytes: make_room()(nbytes)
         logger.info("\n".join([self.split.table(), *self._remarks()]))
         self._start_driving()

@@ -59,6 +59,18 @@ def test_another_video_is_not_known():
     assert memory.need(longer, 5.0) == 5.0
 
 
+def test_a_pass_that_failed_is_given_more_each_time_until_one_runs():
+    """It shows only where it stopped."""
+    memory = PassMemory()
+    memory.fail(VIDEO, 1000)
+    first = memory.need(VIDEO, 5.0)
+    assert memory.knows(VIDEO) and first > 1000
+    memory.fail(VIDEO, 1000)
+    assert memory.need(VIDEO, 5.0) > first
+    memory.learn(VIDEO, 1200)
+    assert memory.need(VIDEO, 5.0) == pytest.approx(1200 * (1 + SLACK))
+
+
 def test_room_says_why():
     room = Room(11.6 * GIB, 6.5 * GIB, "81 frames at 832x480")
     assert str(room) == "5.10 GiB: 11.60 GiB free, 6.50 GiB for 81 frames at 832x480"
