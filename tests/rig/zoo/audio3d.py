@@ -40,8 +40,8 @@ _ACE15 = {
     "num_kv_heads": 2,
     "head_dim": 32,
     "intermediate_size": 256,
-    "fsq_dim": 48,
-    "encoder_hidden_size": 48,
+    "fsq_dim": 128,
+    "encoder_hidden_size": 128,
     "encoder_intermediate_size": 96,
     "encoder_num_heads": 4,
 }
@@ -62,6 +62,9 @@ def _shrink_lyrics(model, operations):
         device="cpu",
         operations=operations,
     )
+
+
+_SEPARATE = frozenset({"encoder_hidden_size", "encoder_intermediate_size", "encoder_num_heads"})
 
 
 def _shrink_tables(model, operations):
@@ -110,21 +113,29 @@ RECIPES: Recipes = {
         ),
     },
     _LDM + "ace.ace_step15.AceStepConditionGenerationModel": {
-        "cover": Recipe(_song(is_covers=always(True)), _ACE15, shrink=_shrink_tables),
+        "cover": Recipe(_song(is_covers=always(True)), _ACE15, shrink=_shrink_tables, newer=_SEPARATE),
         "text to music": Recipe(
             _song(is_covers=always(False)),
             _ACE15,
             shrink=_shrink_tables,
+            newer=_SEPARATE,
         ),
         "with codes": Recipe(
             _song(audio_codes=tokens(1, 4, vocabulary=1000)),
             _ACE15,
             shrink=_shrink_tables,
+            newer=_SEPARATE,
+            # A code is looked up in the table of its layer, without a call.
+            odd={
+                "tokenizer.attention_pooler.layers": "never",
+                "tokenizer.quantizer.layers": "never",
+            },
         ),
     },
     _LDM + "hunyuan3dv2_1.hunyuandit.HunYuanDiTPlain": {
         "shape": Recipe(
-            inputs(x=noise(1, 16, 12), t=uniform(1), context=noise(1, 7, TEXT)),
+            # Older versions insist on the two halves of classifier-free guidance.
+            inputs(x=noise(2, 16, 12), t=uniform(2), context=noise(2, 7, TEXT)),
             {
                 "in_channels": 16,
                 "hidden_size": 64,

@@ -1,5 +1,6 @@
 """What a recipe is: a model class of ComfyUI, built small, and what one call of it is."""
 
+import dataclasses
 import importlib
 import inspect
 from collections.abc import Callable, Mapping
@@ -21,20 +22,23 @@ class Recipe:
 
     Attributes:
         inputs: makes the arguments of one call, on the CPU, from a generator.
-        arguments: go to the constructor, beside dtype, device and operations.
+        arguments: go to the constructor, beside dtype, device and operations; or a function that
+            makes them, where that takes a class of ComfyUI.
         call: what one call is; "the sampler calls the forward" for most.
         shrink: replaces what the constructor would make too large, given the operations.
         odd: container -> how its members are called, where that is not each one once, in order.
             The words are those of `trace.Trace.manner`.
         share: the least part of the bytes that the containers must hold.
+        newer: arguments that older versions of the class do not know, and are spared.
     """
 
     inputs: Inputs
-    arguments: Mapping[str, Any] = field(default_factory=dict)
+    arguments: Mapping[str, Any] | Callable[[], dict] = field(default_factory=dict)
     call: Callable[[torch.nn.Module, dict], Any] = _forward
     shrink: Callable[[torch.nn.Module, Any], None] | None = None
     odd: Mapping[str, str] = field(default_factory=dict)
     share: float = 0.5
+    newer: frozenset[str] = frozenset()
 
 
 Recipes = dict[str, dict[str, Recipe]]
@@ -77,18 +81,28 @@ def build(cls: type, recipe: Recipe, operations=None, seed: int = 0) -> Instance
     import comfy.ops
 
     operations = operations or comfy.ops.disable_weight_init
-    model = cls(
-        **recipe.arguments, dtype=torch.float32, device=torch.device("cpu"), operations=operations
-    )
+    given = recipe.arguments() if callable(recipe.arguments) else recipe.arguments
+    arguments = {
+        name: value
+        for name, value in given.items()
+        if name not in recipe.newer or _knows(cls, name)
+    }
+    arguments |= {"dtype": torch.float32, "device": torch.device("cpu")}
+    # Text encoders have it in short.
+    short = "ops" if "ops" in inspect.signature(cls.__init__).parameters else "operations"
+    model = cls(**arguments, **{short: operations})
     if recipe.shrink is not None:
         recipe.shrink(model, operations)
     randomise(model, seed)
     return Instance(model.eval().requires_grad_(False), recipe)
 
 
-def takes(cls: type, argument: str) -> bool:
-    """Whether the constructor of this host's class knows an argument."""
-    return argument in inspect.signature(cls.__init__).parameters
+def _knows(cls: type, argument: str) -> bool:
+    """Whether a constructor knows an argument, or the parameters that it hands all of them to."""
+    module = importlib.import_module(cls.__module__)
+    parameters = getattr(module, f"{cls.__name__}Params", None)
+    fields = {field.name for field in dataclasses.fields(parameters)} if parameters else set()
+    return argument in fields | set(inspect.signature(cls.__init__).parameters)
 
 
 def randomise(model: torch.nn.Module, seed: int) -> None:

@@ -109,7 +109,9 @@ RECIPES: Recipes = {
         "image": Recipe(_image(16), CHROMA),
     },
     _LDM + "chroma_radiance.model.ChromaRadiance": {
-        "image": Recipe(_image(3), RADIANCE),
+        "image": Recipe(
+            _image(3), RADIANCE, newer=frozenset({"use_sequential_txt_ids"})
+        ),
     },
     _LDM + "lens.model.LensTransformer2DModel": {
         "image": Recipe(

@@ -17,7 +17,7 @@ def _image(channels=16, **further):
     )
 
 
-_MMDIT = {
+MMDIT = {
     "input_size": None,
     "in_channels": 16,
     "out_channels": 16,
@@ -162,17 +162,17 @@ _O1 = {
 
 RECIPES: Recipes = {
     _LDM + "modules.diffusionmodules.mmdit.OpenAISignatureMMDITWrapper": {
-        "SD 3": Recipe(_image(y=noise(1, 32)), {**_MMDIT, "qk_norm": None}),
+        "SD 3": Recipe(_image(y=noise(1, 32)), {**MMDIT, "qk_norm": None}),
         "SD 3.5 medium": Recipe(
             _image(y=noise(1, 32)),
-            {**_MMDIT, "x_block_self_attn": True, "x_block_self_attn_layers": [0, 1, 2]},
+            {**MMDIT, "x_block_self_attn": True, "x_block_self_attn_layers": [0, 1, 2]},
         ),
         "with a ControlNet": Recipe(
             _image(
                 y=noise(1, 32),
                 control=lambda g: {"output": [noise(1, 16, 256)(g) for _ in range(3)]},
             ),
-            _MMDIT,
+            MMDIT,
         ),
     },
     _LDM + "aura.mmdit.MMDiT": {

@@ -67,7 +67,7 @@ class Trace:
 
     def manner(self, container: Container) -> str:
         """How the members of a container were called: "once in order", "never", "from inside: "
-        and the names of the children that others call, or the keys in the order of the calls."""
+        and the paths that others call, or the keys in the order of the calls."""
         keys = list(container.members)
         called = [key for name, key in self.calls if name == container.name]
         words = []
@@ -76,7 +76,7 @@ class Trace:
         elif called:
             words.append(" ".join(called))
         if entered := self.entered.get(container.name):
-            parts = sorted({path for _, path in entered})
+            parts = list(dict.fromkeys(path for _, path in entered))
             members = list(dict.fromkeys(key for key, _ in entered))
             who = "" if members == keys else f" of {' '.join(members)}"
             words.append(f"from inside{who}: {' '.join(parts)}")
