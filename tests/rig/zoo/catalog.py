@@ -58,9 +58,22 @@ def find(source: Path) -> list[str]:
     return sorted(name for name in found if not name.startswith("comfy.ldm.wan."))
 
 
+def present(source: Path) -> list[str]:
+    """The names that have recipes and that the ComfyUI at `source` has."""
+    return [name for name in RECIPES if _defines(source, name)]
+
+
 def unknown(source: Path) -> list[str]:
     """The model classes of the ComfyUI at `source` that have neither a recipe nor a reason."""
     return [name for name in find(source) if name not in RECIPES and name not in WITHOUT]
+
+
+def _defines(source: Path, name: str) -> bool:
+    module, _, last = name.rpartition(".")
+    path = source / (module.replace(".", "/") + ".py")
+    return path.is_file() and bool(
+        re.search(rf"^(class )?{last}\b", path.read_text(encoding="utf-8"), re.MULTILINE)
+    )
 
 
 def _classes(source: Path) -> Iterator[tuple[str, ast.ClassDef]]:

@@ -29,6 +29,9 @@ class Recipe:
         odd: container -> how its members are called, where that is not each one once, in order.
             The words are those of `trace.Trace.manner`.
         share: the least part of the bytes that the containers must hold.
+        operations: makes what the class wants of the operations that it is built with.
+        rounds: the CPU has another kernel for a layout or a composite operation of this one than
+            a device has, so that the two agree up to rounding.
         newer: arguments that older versions of the class do not know, and are spared.
     """
 
@@ -38,6 +41,8 @@ class Recipe:
     shrink: Callable[[torch.nn.Module, Any], None] | None = None
     odd: Mapping[str, str] = field(default_factory=dict)
     share: float = 0.5
+    operations: Callable[[type], type] = lambda given: given
+    rounds: bool = False
     newer: frozenset[str] = frozenset()
 
 
@@ -80,7 +85,7 @@ def build(cls: type, recipe: Recipe, operations=None, seed: int = 0) -> Instance
     """
     import comfy.ops
 
-    operations = operations or comfy.ops.disable_weight_init
+    operations = recipe.operations(operations or comfy.ops.disable_weight_init)
     given = recipe.arguments() if callable(recipe.arguments) else recipe.arguments
     arguments = {
         name: value

@@ -1,5 +1,7 @@
 """Text encoders: the transformers that `comfy.sd1_clip.SDClipModel` makes and calls."""
 
+from unittest import mock
+
 import torch
 
 from .core import Recipe, Recipes, always, inputs, noise, tokens, uniform
@@ -82,8 +84,12 @@ def _encode(model, arguments):
 
 def _generate(model, arguments):
     """Three tokens: each is a pass of its own, after the one that reads the prompt."""
+    import comfy.utils
+
     embeds = _embeddings(model, arguments["ids"])
-    found = model.generate(embeds, do_sample=False, max_length=3, stop_tokens=[])
+    # The hook tells a front end, and takes a prompt for granted.
+    with mock.patch.object(comfy.utils, "PROGRESS_BAR_HOOK", None):
+        found = model.generate(embeds, do_sample=False, max_length=3, stop_tokens=[])
     return torch.tensor(found)
 
 
@@ -287,6 +293,20 @@ def _gpt_oss():
     }
 
 
+def _with_experts(operations):
+    """Its experts are made by operations for mixed precision only, which wait for a file."""
+    import comfy.ops
+
+    experts = comfy.ops.mixed_precision_ops({}, torch.float32).MoEExperts
+    return type("Operations", (operations,), {"MoEExperts": experts})
+
+
+def _hire_experts(model, _):
+    for module in model.modules():
+        if hasattr(module, "expert_weight"):
+            module.weight = torch.nn.Parameter(torch.empty(module._orig_shape))
+
+
 def _capture(model, arguments):
     """What Lens takes from GPT-OSS: some layers, and the last ones are not run at all."""
     ids = arguments["ids"]
@@ -294,7 +314,14 @@ def _capture(model, arguments):
 
 
 RECIPES[_TEXT + "gpt_oss.GptOssModel"] = {
-    "some layers": Recipe(_text(), _gpt_oss, call=_capture, odd={"layers": "0 1 2 3"}),
+    "some layers": Recipe(
+        _text(),
+        _gpt_oss,
+        call=_capture,
+        shrink=_hire_experts,
+        operations=_with_experts,
+        odd={"layers": "0 1 2 3"},
+    ),
 }
 
 

@@ -83,6 +83,13 @@ class Trace:
         return ", ".join(words) or "never"
 
 
+    def touched(self, container: Container) -> list[torch.nn.Module]:
+        """The members of a container of which anything was called, in its order."""
+        keys = {key for name, key in self.calls if name == container.name}
+        keys |= {key for key, _ in self.entered.get(container.name, ())}
+        return [member for key, member in container.members.items() if key in keys]
+
+
 @contextlib.contextmanager
 def traced(model: torch.nn.Module) -> Iterator[Trace]:
     """Records what the calls in its body do."""

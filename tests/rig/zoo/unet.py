@@ -100,6 +100,7 @@ RECIPES: Recipes = {
                 "dropout": [0, 0],
             },
             odd=_LISTS,
+            rounds=True,
         ),
     },
 }

@@ -258,6 +258,7 @@ RECIPES: Recipes = {
                 "extra_per_block_abs_pos_emb": True,
                 "extra_per_block_abs_pos_emb_type": "learnable",
             },
+            rounds=True,
         ),
     },
     _LDM + "cosmos.predict2.MiniTrainDIT": {
