@@ -93,8 +93,10 @@ def test_is_the_same_everywhere(bench, name, way):
     bench.clear()
 
     casting = built(name, way, "manual_cast")
-    patcher = loaded(bench, casting)
-    assert equal(casting.call(1, COMPUTE), there)
+    assert equal(casting.call(1), expected)
+    if way == next(iter(catalog.RECIPES[name])):
+        patcher = loaded(bench, casting)
+        assert equal(casting.call(1, COMPUTE), there)
 
 
 def test_goes_through_its_containers(bench, name, way):
@@ -120,7 +122,6 @@ def test_goes_through_its_containers(bench, name, way):
             weight.mul_(-3)
             assert not equal(instance.call(1), expected)
             weight.copy_(before)
-    assert equal(instance.call(1), expected)
 
 
 def middle(seen, container):

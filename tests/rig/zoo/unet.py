@@ -59,6 +59,9 @@ RECIPES: Recipes = {
             ),
             {
                 **SDXL,
+                "transformer_depth": [0, 0, 1, 1, 1, 1],
+                "transformer_depth_output": [0, 0, 0, 1, 1, 1, 1, 1, 1],
+                "transformer_depth_middle": 1,
                 "in_channels": 8,
                 "use_temporal_attention": True,
                 "use_temporal_resblock": True,

@@ -80,7 +80,7 @@ def _sigmas(_):
     return {"sigmas": torch.tensor([0.5]), "sample_sigmas": torch.tensor([1.0, 0.5, 0.0])}
 
 
-_LTX = {
+LTX = {
     "in_channels": 128,
     "cross_attention_dim": 128,
     "attention_head_dim": 32,
@@ -89,7 +89,7 @@ _LTX = {
     "num_layers": 6,
 }
 LTXAV = {
-    **_LTX,
+    **LTX,
     "audio_cross_attention_dim": 64,
     "audio_attention_head_dim": 16,
     "audio_num_attention_heads": 4,
@@ -230,7 +230,7 @@ RECIPES: Recipes = {
                 context=noise(1, 7, TEXT),
                 attention_mask=always(None),
             ),
-            _LTX,
+            LTX,
         ),
         "with a mask": Recipe(
             inputs(
@@ -239,7 +239,7 @@ RECIPES: Recipes = {
                 context=noise(1, 7, TEXT),
                 attention_mask=lambda _: torch.ones(1, 7, dtype=torch.int64),
             ),
-            _LTX,
+            LTX,
         ),
     },
     _LDM + "lightricks.av_model.LTXAVModel": {
