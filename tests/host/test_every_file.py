@@ -110,13 +110,15 @@ def test_a_text_encoder_encodes(bench, written, key):
 
 
 def test_a_control_net_controls(bench, written):
-    written("diffusion_models", tiny_models.write_model, "SD3.5")
-    written("controlnet", tiny_models.write_control)
+    written("diffusion_models", tiny_models.write_model, "Flux")
+    weights = written("controlnet", tiny_models.write_control)
+
+    assert_loaded(bench.load(control()).control_model, weights)
 
     def sample(*loaders):
         bench.clear()
         loader = prompts.plain(FILE)
-        return kept(bench, tiny_models.sampling("SD3.5", loader, 1, *loaders), "out")
+        return kept(bench, tiny_models.sampling("Flux", loader, 1, *loaders), "out")
 
     controlled = sample(control())
     assert controlled.isfinite().all()

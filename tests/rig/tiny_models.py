@@ -9,6 +9,7 @@ makes ComfyUI listen. What it then builds, loads and runs is its own affair.
 import contextlib
 import io
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,6 +37,7 @@ class Tiny:
         config: the configuration that a file of this kind has in its metadata, as in ComfyUI.
         latent: the node of the empty latent.
         width, pooled: of the text.
+        masked: a text comes with a mask, as its encoder gives one.
     """
 
     cls: str
@@ -46,6 +48,7 @@ class Tiny:
     latent: str = "EmptySD3LatentImage"
     width: int = TEXT
     pooled: int = 0
+    masked: bool = False
 
 
 _IMAGE = {"width": 64, "height": 64, "batch_size": 1}
@@ -111,7 +114,10 @@ MODELS = {
         pooled=32,
     ),
     "Chroma": Tiny(
-        _LDM + "chroma.model.Chroma", {**flux.CHROMA, **_WIDE, **_CHROMA}, narrow=_CHROMA
+        _LDM + "chroma.model.Chroma",
+        {**flux.CHROMA, **_WIDE, **_CHROMA},
+        narrow=_CHROMA,
+        pooled=32,  # which older versions ask for, and leave
     ),
     "Qwen-Image": Tiny(
         _LDM + "qwen_image.model.QwenImageTransformer2DModel",
@@ -137,6 +143,7 @@ MODELS = {
         {**video.LTX, "num_layers": 4},
         config={"transformer": {**video.LTX, "num_layers": 4}},
         latent="EmptyLTXVLatentVideo",
+        masked=True,
     ),
     "Z-Image": Tiny(
         _LDM + "lumina.model.NextDiT",
@@ -208,17 +215,8 @@ TEXTS = {
     "Gemma": TinyText(_TEXT + "Gemma2_2B", text.LLAMA, "gemma2_2b", "lumina2", spiece=True),
 }
 
-CONTROL = {
-    "img_size": None,
-    "patch_size": 2,
-    "in_chans": 16,
-    "attention_head_dim": 64,
-    "num_attention_heads": 4,
-    "adm_in_channels": 2048,
-    "num_layers": 4,
-    "main_model_double": 4,
-    "double_y_emb": False,
-}
+# An XLabs ControlNet, which takes a picture as it is, without a VAE.
+CONTROL = {**flux.FLUX, **_WIDE, "vec_in_dim": 32, "depth_single_blocks": 0}
 
 
 def write_model(path: Path, key: str, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -246,9 +244,10 @@ def write_text(path: Path, key: str, seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def write_control(path: Path, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Write a ControlNet for the SD3.5 of `MODELS` in bf16 to `path` and return its weights."""
-    weights = _weights("comfy.cldm.dit_embedder.ControlNetEmbedder", CONTROL, seed)
-    save_file(weights, path)
+    """Write a ControlNet for the Flux of `MODELS` in bf16 to `path` and return its weights."""
+    weights = _weights(_LDM + "flux.controlnet.ControlNetFlux", CONTROL, seed)
+    norms = re.compile(r"((?:query|key)_norm)\.weight$")
+    save_file({norms.sub(r"\1.scale", name): weight for name, weight in weights.items()}, path)
     return weights
 
 
@@ -301,9 +300,7 @@ def _small_towers() -> Iterator[None]:
     tower = qwen_vl.Qwen2VLVisionTransformer
 
     def small(hidden_size, **arguments):
-        return tower(
-            hidden_size=64, intermediate_size=128, num_heads=4, num_layers=4, **arguments
-        )
+        return tower(hidden_size=64, intermediate_size=128, num_heads=4, num_layers=4, **arguments)
 
     with mock.patch.object(qwen_vl, "Qwen2VLVisionTransformer", small):
         yield
@@ -336,9 +333,7 @@ def installed() -> Iterator[None]:
             return load_text(state_dicts, *args, model_options=options, **kwargs)
 
     with (
-        mock.patch.object(
-            comfy.model_detection, "model_config_from_unet", model_config_from_unet
-        ),
+        mock.patch.object(comfy.model_detection, "model_config_from_unet", model_config_from_unet),
         mock.patch.object(comfy.sd, "load_text_encoder_state_dicts", load_text_encoder_state_dicts),
     ):
         yield
@@ -348,17 +343,17 @@ def installed() -> Iterator[None]:
 
 
 def sampling(key: str, loader: dict, seed: int = 1, control: dict | None = None) -> dict:
-    """The prompt that samples `MODELS[key]` two steps; `control` is a loader of a ControlNet.
+    """The prompt that samples `MODELS[key]` two steps; `control` is a loader of the ControlNet.
 
     Without classifier-free guidance, so that a step is one pass. Node 1 is the model.
     """
     from . import prompts
 
     tiny = MODELS[key]
-    text_of = {"width": tiny.width, "pooled": tiny.pooled, "length": 7}
+    text_of = {"width": tiny.width, "pooled": tiny.pooled, "masked": tiny.masked}
     nodes = {
         "1": loader,
-        "2": {"class_type": "ProbeConditioning", "inputs": {"seed": 3, **text_of}},
+        "2": {"class_type": "ProbeConditioning", "inputs": {"seed": 3, "length": 7, **text_of}},
         "4": {"class_type": tiny.latent, "inputs": LATENTS[tiny.latent]},
     }
     positive = "2"

@@ -37,7 +37,7 @@ TAKEN: list[dict] = []
 
 class ProbeConditioning:
     """Seeded noise in the shape of a text encoder's output, [1, length, width] (Wan: 4096), and
-    of its pooled output, [1, pooled], if that is not 0."""
+    of its pooled output, [1, pooled], if that is not 0; a mask goes with it if `masked`."""
 
     CATEGORY = "tests"
     FUNCTION = "encode"
@@ -53,14 +53,18 @@ class ProbeConditioning:
             "optional": {
                 "width": ("INT", {"default": TEXT_DIM, "min": 1}),
                 "pooled": ("INT", {"default": 0, "min": 0}),
+                "masked": ("BOOLEAN", {"default": False}),
             },
         }
 
-    def encode(self, seed, length, width=TEXT_DIM, pooled=0):
+    def encode(self, seed, length, width=TEXT_DIM, pooled=0, masked=False):
         generator = torch.Generator().manual_seed(seed)
         text = torch.randn((1, length, width), generator=generator)
-        pooled_output = torch.randn((1, pooled), generator=generator)
-        extra = {"pooled_output": pooled_output} if pooled else {}
+        extra = {}
+        if pooled:
+            extra["pooled_output"] = torch.randn((1, pooled), generator=generator)
+        if masked:
+            extra["attention_mask"] = torch.ones((1, length), dtype=torch.long)
         return ([[text, extra]],)
 
 

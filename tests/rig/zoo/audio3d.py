@@ -113,11 +113,21 @@ RECIPES: Recipes = {
         ),
     },
     _LDM + "ace.ace_step15.AceStepConditionGenerationModel": {
-        "cover": Recipe(_song(is_covers=always(True)), _ACE15, shrink=_shrink_tables, newer=_SEPARATE),
+        "cover": Recipe(
+            _song(is_covers=always(True)), _ACE15, shrink=_shrink_tables, newer=_SEPARATE
+        ),
         "text to music": Recipe(
             _song(is_covers=always(False)),
             _ACE15,
             shrink=_shrink_tables,
+            # The hints that the tokenizer gives are made, and left.
+            mute=frozenset(
+                {
+                    "tokenizer.attention_pooler.layers",
+                    "tokenizer.quantizer.layers",
+                    "detokenizer.layers",
+                }
+            ),
             newer=_SEPARATE,
         ),
         "with codes": Recipe(

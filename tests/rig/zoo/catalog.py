@@ -26,7 +26,7 @@ WITHOUT = {
     "comfy.text_encoders.bert.BertModel_": _PART,
     "comfy.ldm.audio.embedders.NumberConditioner": "stands beside a model, and has no blocks",
     "comfy.ldm.minimax.model.PackedLayout": "no module",
-    "comfy.ldm.cascade.controlnet.ControlNet": "an EfficientNet of torchvision, which has no blocks",
+    "comfy.ldm.cascade.controlnet.ControlNet": "an EfficientNet of torchvision, without blocks",
     "comfy.ldm.rt_detr.rtdetr_v4.RTv4": "a detector of convolutions, which needs torchvision",
     "comfy.ldm.sam3.detector.SAM3Model": "of one size, 800 million weights; no diffusion model",
     "comfy.ldm.depth_anything_3.model.DepthAnything3Net": "of four sizes, the smallest 86 MB, and "

@@ -39,9 +39,7 @@ def _beside_zimage(model, arguments):
     context = model(feats, arguments["hint"], freqs, embedding)
     x, found = arguments["x"], []
     for layer in range(2):
-        out, context = model.forward_noise_refiner_block(
-            layer, context, x, None, freqs, embedding
-        )
+        out, context = model.forward_noise_refiner_block(layer, context, x, None, freqs, embedding)
         if out is not None:
             found.append(out)
     for layer in range(model.n_control_layers):
@@ -52,7 +50,10 @@ def _beside_zimage(model, arguments):
 
 def _rotations(generator):
     angles = torch.rand((1, 16, 1, 16), generator=generator)
-    rows = [torch.stack(pair, -1) for pair in ((angles.cos(), -angles.sin()), (angles.sin(), angles.cos()))]
+    rows = [
+        torch.stack(pair, -1)
+        for pair in ((angles.cos(), -angles.sin()), (angles.sin(), angles.cos()))
+    ]
     return torch.stack(rows, -2)
 
 

@@ -28,6 +28,7 @@ class Recipe:
         shrink: replaces what the constructor would make too large, given the operations.
         odd: container -> how its members are called, where that is not each one once, in order.
             The words are those of `trace.Trace.manner`.
+        mute: containers that are called although nothing comes of it.
         share: the least part of the bytes that the containers must hold.
         operations: makes what the class wants of the operations that it is built with.
         rounds: the CPU has another kernel for a layout or a composite operation of this one than
@@ -40,6 +41,7 @@ class Recipe:
     call: Callable[[torch.nn.Module, dict], Any] = _forward
     shrink: Callable[[torch.nn.Module, Any], None] | None = None
     odd: Mapping[str, str] = field(default_factory=dict)
+    mute: frozenset[str] = frozenset()
     share: float = 0.5
     operations: Callable[[type], type] = lambda given: given
     rounds: bool = False

@@ -79,9 +79,7 @@ RECIPES: Recipes = {
     _LDM + "flux.model.Flux": {
         "dev": Recipe(_image(**_pooled), FLUX),
         "schnell": Recipe(_image(guidance=None, **_pooled), {**FLUX, "guidance_embed": False}),
-        "Kontext": Recipe(
-            _image(ref_latents=lambda g: [noise(1, 16, 6, 8)(g)], **_pooled), FLUX
-        ),
+        "Kontext": Recipe(_image(ref_latents=lambda g: [noise(1, 16, 6, 8)(g)], **_pooled), FLUX),
         "Flux 2": Recipe(_image(32), FLUX2),
         "Ovis": Recipe(
             _image(guidance=None),
@@ -109,9 +107,7 @@ RECIPES: Recipes = {
         "image": Recipe(_image(16), CHROMA),
     },
     _LDM + "chroma_radiance.model.ChromaRadiance": {
-        "image": Recipe(
-            _image(3), RADIANCE, newer=frozenset({"use_sequential_txt_ids"})
-        ),
+        "image": Recipe(_image(3), RADIANCE, newer=frozenset({"use_sequential_txt_ids"})),
     },
     _LDM + "lens.model.LensTransformer2DModel": {
         "image": Recipe(

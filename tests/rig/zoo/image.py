@@ -215,7 +215,7 @@ RECIPES: Recipes = {
                 num_tokens=always(7),
             ),
             {
-                **{key: value for key, value in ZIMAGE.items()},
+                **ZIMAGE,
                 "in_channels": 3,
                 "patch_size": 4,
                 "decoder_hidden_size": 32,
@@ -258,9 +258,7 @@ RECIPES: Recipes = {
         ),
     },
     _LDM + "hidream_o1.model.HiDreamO1Transformer": {
-        "text to image": Recipe(
-            _hidream_o1, _O1, call=_forget, shrink=_fewer_words
-        ),
+        "text to image": Recipe(_hidream_o1, _O1, call=_forget, shrink=_fewer_words),
         "second step": Recipe(
             _hidream_o1,
             _O1,

@@ -113,9 +113,7 @@ def _see(model, arguments):
 
 
 def _text(length=9, **further):
-    return inputs(
-        ids=tokens(1, length, vocabulary=WORDS), transformer_options=None, **further
-    )
+    return inputs(ids=tokens(1, length, vocabulary=WORDS), transformer_options=None, **further)
 
 
 def _seen(size=56):
@@ -194,8 +192,11 @@ def _drop(*names):
     return shrink
 
 
-_NO_TOWER = {"shrink": _drop("vision_model", "visual", "multi_modal_projector", "audio_model",
-                             "audio_projector")}
+_NO_TOWER = {
+    "shrink": _drop(
+        "vision_model", "visual", "multi_modal_projector", "audio_model", "audio_projector"
+    )
+}
 
 RECIPES: Recipes = {
     _TEXT + "t5.T5": {
@@ -244,9 +245,7 @@ RECIPES[_TEXT + "llama.Qwen25_7BVLI"] = {
         shrink=_shrink_qwen_vision,
         odd={"visual.blocks": "never"},
     ),
-    "image": Recipe(
-        _seen(112), {"config_dict": LLAMA}, call=_see, shrink=_shrink_qwen_vision
-    ),
+    "image": Recipe(_seen(112), {"config_dict": LLAMA}, call=_see, shrink=_shrink_qwen_vision),
 }
 RECIPES[_TEXT + "llama.Gemma3_4B_Vision"] = {
     "text": Recipe(
@@ -267,9 +266,7 @@ RECIPES[_TEXT + "qwen3vl.Qwen3VL"] = {
         shrink=_shrink_qwen3_vision,
         odd=_UNSEEN,
     ),
-    "image": Recipe(
-        _seen(64), {"config_dict": LLAMA}, call=_see, shrink=_shrink_qwen3_vision
-    ),
+    "image": Recipe(_seen(64), {"config_dict": LLAMA}, call=_see, shrink=_shrink_qwen3_vision),
 }
 for _name in ("minimax.MiniMaxQwen3VL", "joyimage.Qwen3VL8B_JoyImage"):
     RECIPES |= _llama(_name, shrink=_shrink_qwen3_vision, odd=_UNSEEN)

@@ -82,7 +82,6 @@ class Trace:
             words.append(f"from inside{who}: {' '.join(parts)}")
         return ", ".join(words) or "never"
 
-
     def touched(self, container: Container) -> list[torch.nn.Module]:
         """The members of a container of which anything was called, in its order."""
         keys = {key for name, key in self.calls if name == container.name}

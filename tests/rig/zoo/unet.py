@@ -28,9 +28,7 @@ SDXL = {**_UNET, "adm_in_channels": 48, "num_classes": "sequential"}
 # The members are `Sequential`s that `forward_timestep_embed` goes through: none is called.
 _OPENED = {"input_blocks": "from inside: 0 1", "output_blocks": "from inside: 0 1 2"}
 # The members are lists.
-_LISTS = dict.fromkeys(
-    ("down_blocks", "up_blocks"), "from inside: 0 1 2 3 4 5 6 7 8 9 10 11"
-)
+_LISTS = dict.fromkeys(("down_blocks", "up_blocks"), "from inside: 0 1 2 3 4 5 6 7 8 9 10 11")
 
 
 def _unet(**further):

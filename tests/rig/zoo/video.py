@@ -206,9 +206,7 @@ RECIPES: Recipes = {
             ),
             HUNYUAN,
         ),
-        "1.5": Recipe(
-            _video(33, clip_fea=noise(1, 9, 32)), _HUNYUAN_15
-        ),
+        "1.5": Recipe(_video(33, clip_fea=noise(1, 9, 32)), _HUNYUAN_15),
         "image 2.1": Recipe(
             inputs(
                 x=noise(1, 64, 4, 4),
@@ -243,9 +241,7 @@ RECIPES: Recipes = {
         ),
     },
     _LDM + "lightricks.av_model.LTXAVModel": {
-        "step": Recipe(
-            _sound_and_vision(2 * 128), LTXAV, odd=dict.fromkeys(_CONNECTORS, "never")
-        ),
+        "step": Recipe(_sound_and_vision(2 * 128), LTXAV, odd=dict.fromkeys(_CONNECTORS, "never")),
         "text and step": Recipe(_sound_and_vision(128), LTXAV, call=_text_first),
     },
     _LDM + "cosmos.model.GeneralDIT": {
