@@ -9,10 +9,10 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from . import audio3d, control, flux, image, text, unet, video
+from . import audio3d, control, cosmos, flux, image, pixels, seeing, text, unet, video
 from .core import Recipes
 
-FAMILIES = (flux, image, video, audio3d, unet, control, text)
+FAMILIES = (flux, image, pixels, video, cosmos, audio3d, unet, control, text, seeing)
 RECIPES: Recipes = {name: ways for family in FAMILIES for name, ways in family.RECIPES.items()}
 
 # Classes without a recipe, and why.
