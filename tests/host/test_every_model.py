@@ -13,11 +13,15 @@ from rig.zoo import catalog, core, trace
 
 
 def pytest_generate_tests(metafunc):
-    """One test per way to build and call a class that this host has."""
-    if "way" not in metafunc.fixturenames:
+    """One test per class that this host has, or per way to build and call it."""
+    if "name" not in metafunc.fixturenames:
         return
     source = comfy_host.fetch(metafunc.config.getoption("comfyui"), CACHE)
-    ways = [(name, way) for name in catalog.present(source) for way in catalog.RECIPES[name]]
+    names = catalog.present(source)
+    if "way" not in metafunc.fixturenames:
+        metafunc.parametrize("name", names, ids=[name.rpartition(".")[2] for name in names])
+        return
+    ways = [(name, way) for name in names for way in catalog.RECIPES[name]]
     ids = [f"{name.rpartition('.')[2]}-{way}" for name, way in ways]
     metafunc.parametrize(("name", "way"), ways, ids=ids)
 
@@ -75,43 +79,37 @@ def test_every_recipe_is_of_a_class(bench, pytestconfig):
     assert catalog.present(source) == list(catalog.RECIPES)
 
 
-def test_is_the_same_everywhere(bench, name, way):
-    instance = built(name, way)
-    expected, other = instance.call(1), instance.call(2)
-    assert expected and all(out.isfinite().all() for out in expected)
-    assert equal(instance.call(1), expected)
-    assert not equal(other, expected)
-
-    casting = built(name, way, "manual_cast")
-    assert equal(casting.call(1), expected)
-    if way != next(iter(catalog.RECIPES[name])):
-        return  # the devices differ in nothing that the ways differ in
-
+def test_is_the_same_on_a_device(bench, name):
+    way = next(iter(catalog.RECIPES[name]))  # devices differ in nothing that the ways differ in
+    instance, casting = built(name, way), built(name, way, "manual_cast")
+    expected = instance.call(1)
     load(bench, instance)
     there = instance.call(1, COMPUTE)
     if instance.recipe.rounds:
         torch.testing.assert_close(there, expected)
     else:
         assert equal(there, expected)
-    bench.clear()
-
     load(bench, casting)
     assert equal(casting.call(1, COMPUTE), there)
 
 
-def test_goes_through_its_containers(bench, name, way):
+def test_is_the_same_and_goes_through_its_containers(bench, name, way):
     instance = built(name, way)
     with trace.traced(instance.model) as seen:
         expected = instance.call(1)
+    assert expected and all(out.isfinite().all() for out in expected)
+    with trace.traced(instance.model) as again:
+        assert not equal(instance.call(2), expected)
+    assert equal(instance.call(1), expected)
+    assert equal(built(name, way, "manual_cast").call(1), expected)
+    assert again == seen
+
     containers = trace.containers(instance.model)
     odd = instance.recipe.odd
     manners = {container.name: seen.manner(container) for container in containers}
     assert manners == {name: odd.get(name, "once in order") for name in manners}
     assert set(odd) <= set(manners)
     assert sum(container.share for container in containers) >= instance.recipe.share
-    with trace.traced(instance.model) as again:
-        instance.call(2)
-    assert again == seen
 
     heard = set()
     for container in containers:

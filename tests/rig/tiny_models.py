@@ -191,8 +191,8 @@ TEXTS = {
             **text.T5,
             "model_type": "umt5",
             "num_layers": 24,
-            "d_model": 16,
-            "d_kv": 8,
+            "d_model": 8,
+            "d_kv": 4,
             "num_heads": 2,
             "d_ff": 10240,
         },
@@ -206,6 +206,7 @@ TEXTS = {
         {
             **text.LLAMA,
             "vocab_size": 152064,
+            "hidden_size": 32,
             "num_attention_heads": 4,
             "num_key_value_heads": 4,
         },
