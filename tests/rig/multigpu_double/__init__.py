@@ -45,7 +45,13 @@ patch_model_management()
 NODE_CLASS_MAPPINGS = {
     "CheckpointLoaderAdvancedDisTorch2MultiGPU": CheckpointLoaderAdvancedDisTorch2MultiGPU,
 }
-for _name in ("UNETLoader", "VAELoader", "CheckpointLoaderSimple", "ControlNetLoader"):
+for _name in (
+    "UNETLoader",
+    "VAELoader",
+    "CheckpointLoaderSimple",
+    "ControlNetLoader",
+    "DiffControlNetLoader",
+):
     NODE_CLASS_MAPPINGS[f"{_name}DisTorch2MultiGPU"] = distorch2_loader(HOST_NODES[_name])
 for _name in ("CLIPLoader", "DualCLIPLoader", "CLIPVisionLoader"):
     NODE_CLASS_MAPPINGS[f"{_name}DisTorch2MultiGPU"] = distorch2_loader(

@@ -36,7 +36,8 @@ TAKEN: list[dict] = []
 
 
 class ProbeConditioning:
-    """Seeded noise in the shape of a text encoder's output for Wan, [1, length, 4096]."""
+    """Seeded noise in the shape of a text encoder's output, [1, length, width] (Wan: 4096), and
+    of its pooled output, [1, pooled], if that is not 0; a mask goes with it if `masked`."""
 
     CATEGORY = "tests"
     FUNCTION = "encode"
@@ -48,12 +49,49 @@ class ProbeConditioning:
             "required": {
                 "seed": ("INT", {"default": 0, "min": 0}),
                 "length": ("INT", {"default": 16, "min": 1}),
+            },
+            "optional": {
+                "width": ("INT", {"default": TEXT_DIM, "min": 1}),
+                "pooled": ("INT", {"default": 0, "min": 0}),
+                "masked": ("BOOLEAN", {"default": False}),
+            },
+        }
+
+    def encode(self, seed, length, width=TEXT_DIM, pooled=0, masked=False):
+        generator = torch.Generator().manual_seed(seed)
+        text = torch.randn((1, length, width), generator=generator)
+        extra = {}
+        if pooled:
+            extra["pooled_output"] = torch.randn((1, pooled), generator=generator)
+        if masked:
+            extra["attention_mask"] = torch.ones((1, length), dtype=torch.long)
+        return ([[text, extra]],)
+
+
+class ProbeEncoding:
+    """Keeps the text of a conditioning in `LATENTS[key]`."""
+
+    CATEGORY = "tests"
+    FUNCTION = "keep"
+    RETURN_TYPES = ()
+    OUTPUT_NODE = True
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {
+            "required": {
+                "conditioning": ("CONDITIONING",),
+                "key": ("STRING", {"default": "text"}),
             }
         }
 
-    def encode(self, seed, length):
-        generator = torch.Generator().manual_seed(seed)
-        return ([[torch.randn((1, length, TEXT_DIM), generator=generator), {}]],)
+    @classmethod
+    def IS_CHANGED(cls, **_inputs):
+        return float("nan")
+
+    def keep(self, conditioning, key):
+        LATENTS[key] = conditioning[0][0].detach().to("cpu", copy=True)
+        return ()
 
 
 class ProbeLatent:
@@ -229,6 +267,7 @@ if instance := getattr(server.PromptServer, "instance", None):
 
 NODE_CLASS_MAPPINGS = {
     "ProbeConditioning": ProbeConditioning,
+    "ProbeEncoding": ProbeEncoding,
     "ProbeLatent": ProbeLatent,
     "ProbeOutOfMemory": ProbeOutOfMemory,
 }

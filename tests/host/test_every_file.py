@@ -1,0 +1,127 @@
+"""Files of many kinds, small, through the host's own loader nodes and those of MultiGPU."""
+
+import pytest
+import torch
+
+from rig import prompts, tiny_models
+
+FILE = "tiny.safetensors"
+
+
+@pytest.fixture(autouse=True)
+def understood(bench):
+    """ComfyUI knows what the files leave out."""
+    with tiny_models.installed():
+        yield
+
+
+@pytest.fixture
+def written(bench):
+    """Writes a file into a folder of models, for this test."""
+    paths = []
+
+    def write(folder, writer, *args):
+        path = bench.host.base_dir / "models" / folder / FILE
+        path.parent.mkdir(exist_ok=True)
+        paths.append(path)
+        return writer(path, *args)
+
+    yield write
+    for path in paths:
+        path.unlink(missing_ok=True)
+
+
+def kept(bench, prompt, key):
+    bench.host.run(prompt)
+    return bench.host.custom_module("probe").LATENTS.pop(key)
+
+
+def clip(kind, distorch=None):
+    """A loader of a text encoder: ComfyUI's, or MultiGPU's with an allocation."""
+    node = {"class_type": "CLIPLoader", "inputs": {"clip_name": FILE, "type": kind}}
+    return node if distorch is None else _distorch(node, "device", distorch)
+
+
+def control(distorch=None):
+    """A loader of a ControlNet: ComfyUI's, or MultiGPU's with an allocation."""
+    node = {"class_type": "ControlNetLoader", "inputs": {"control_net_name": FILE}}
+    return node if distorch is None else _distorch(node, "compute_device", distorch)
+
+
+def _distorch(node, device, text):
+    inputs = {
+        **node["inputs"],
+        device: "acc:0",
+        "virtual_vram_gb": 0.0,
+        "donor_device": "cpu",
+        "expert_mode_allocations": text,
+        "eject_models": False,
+    }
+    return {"class_type": f"{node['class_type']}DisTorch2MultiGPU", "inputs": inputs}
+
+
+def assert_loaded(model, weights):
+    """A model has exactly the weights of a file."""
+    found = model.state_dict()
+    assert set(weights) <= set(found)
+    for name, weight in weights.items():
+        assert torch.equal(found[name].cpu().to(weight.dtype), weight), name
+
+
+@pytest.mark.parametrize("key", tiny_models.MODELS)
+def test_a_model_samples(bench, written, key):
+    weights = written("diffusion_models", tiny_models.write_model, key)
+    patcher = bench.load(prompts.plain(FILE))
+    model = patcher.model.diffusion_model
+    assert f"{type(model).__module__}.{type(model).__name__}" == tiny_models.MODELS[key].cls
+    assert_loaded(model, weights)
+    assert set(model.state_dict()) == set(weights)
+    del patcher, model
+    latent = kept(bench, tiny_models.sampling(key, prompts.plain(FILE)), "out")
+    assert latent.isfinite().all()
+    bench.clear()
+    again = kept(bench, tiny_models.sampling(key, prompts.plain(FILE)), "out")
+    assert torch.equal(latent, again)
+    bench.clear()
+    loader = prompts.distorch(FILE, "acc:0,50%;cpu,50%")
+    shared = kept(bench, tiny_models.sampling(key, loader), "out")
+    torch.testing.assert_close(shared, latent)
+
+
+@pytest.mark.parametrize("key", tiny_models.TEXTS)
+def test_a_text_encoder_encodes(bench, written, key):
+    weights = written("text_encoders", tiny_models.write_text, key)
+    kind = tiny_models.TEXTS[key].kind
+    loaded = bench.load(clip(kind))
+    transformer = getattr(loaded.cond_stage_model, loaded.cond_stage_model.clip).transformer
+    assert type(transformer).__name__ == tiny_models.TEXTS[key].cls.rpartition(".")[2]
+    assert_loaded(transformer, weights)
+    del loaded, transformer
+    text = kept(bench, tiny_models.encoding(clip(kind)), "text")
+    assert text.isfinite().all()
+    bench.clear()
+    assert torch.equal(kept(bench, tiny_models.encoding(clip(kind)), "text"), text)
+    bench.clear()
+    other = kept(bench, tiny_models.encoding(clip(kind), "the dog runs to a tree"), "text")
+    assert other.shape != text.shape or not torch.equal(other, text)
+    bench.clear()
+    shared = kept(bench, tiny_models.encoding(clip(kind, "acc:0,50%;cpu,50%")), "text")
+    torch.testing.assert_close(shared, text)
+
+
+def test_a_control_net_controls(bench, written):
+    written("diffusion_models", tiny_models.write_model, "Flux")
+    weights = written("controlnet", tiny_models.write_control)
+
+    assert_loaded(bench.load(control()).control_model, weights)
+
+    def sample(*loaders):
+        bench.clear()
+        loader = prompts.plain(FILE)
+        return kept(bench, tiny_models.sampling("Flux", loader, 1, *loaders), "out")
+
+    controlled = sample(control())
+    assert controlled.isfinite().all()
+    assert torch.equal(sample(control()), controlled)
+    assert not torch.equal(sample(), controlled)
+    torch.testing.assert_close(sample(control("acc:0,50%;cpu,50%")), controlled)
