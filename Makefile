@@ -29,7 +29,7 @@ export RUFF_CACHE_DIR = .cache/ruff
 RUNS := $(COMFYUI:%=host-%) $(COMFYUI:%=server-%) large $(SMOKE:%=smoke-%) \
 	$(CONTRACTS:%=contract-%) device simulated peers grid host-time unit simulator
 
-.PHONY: test test-cuda demo bench staging lint clean $(RUNS)
+.PHONY: test test-cuda zoo demo bench staging lint clean $(RUNS)
 
 test: $(READY)
 	$(MAKE) --no-print-directory --jobs=$(JOBS) --output-sync=target $(RUNS)
@@ -65,6 +65,10 @@ $(SMOKE:%=smoke-%): smoke-%: $(READY)
 		$(PYTEST) tests/host/test_split_and_run.py -k "bit_equal and (bytes or accelerators)" \
 			--comfyui $* --multigpu "$$multigpu"; \
 	done
+
+# Every other transformer of the host, small: that each runs, and the same everywhere.
+zoo: $(READY)
+	$(PYTEST) tests/host/zoo --comfyui $(firstword $(COMFYUI))
 
 # What older versions of MultiGPU leave for the plugin.
 $(CONTRACTS:%=contract-%): contract-%: $(READY)
