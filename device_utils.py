@@ -30,6 +30,9 @@ _INDEXED_FAMILIES = {
 _TRIED = re.compile(r"Tried to allocate ([0-9.]+) (KiB|MiB|GiB|bytes)")
 _IEC = {"bytes": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
+# What a model leaves of all RAM.
+RAM_MARGIN = 0.05
+
 # Where Linux tells a container what it may use, in both versions of its control groups: limit, use,
 # and what that is made of.
 CGROUP = Path("/sys/fs/cgroup")
@@ -191,6 +194,12 @@ def ram() -> tuple[int, int]:
             left = total - int(used) + int(counts.get("inactive_file", 0))
             available = min(available, max(0, left))
     return available, total
+
+
+def ram_left() -> int:
+    """Bytes of RAM that a model may still take; the system keeps a share of all."""
+    available, total = ram()
+    return int(available - RAM_MARGIN * total)
 
 
 def page_locked(nbytes: int) -> torch.Tensor | None:

@@ -181,7 +181,7 @@ class Links:
 
     def reserve_ring(self) -> None:
         """Have the ring's memory, before homes take what there is to page-lock."""
-        if self._ring is None and not self._refused and stream_module(self._compute) is not None:
+        if self._ring is None and stream_module(self._compute) is not None:
             self._ring = Ring.make(self._compute, self._locks)
             self._refused = self._ring is None
 
@@ -200,7 +200,8 @@ class Links:
     def _ring_for(self, pack: Pack) -> Ring | None:
         if pack.device.type != "cpu" or pack.locked:
             return None
-        self.reserve_ring()
+        if not self._refused:
+            self.reserve_ring()
         return self._ring
 
     def is_staged(self, pack: Pack) -> bool:

@@ -149,7 +149,7 @@ EVERYTHING = 1e29
 def free_memory(wrapped, instance, args, kwargs):
     """Who needs room on one device gains nothing from blocks that leave another."""
 
-    def bind(memory_required, device, keep_loaded=(), **_):
+    def bind(memory_required, device, keep_loaded=(), *_, **__):
         return memory_required, device, keep_loaded
 
     memory_required, device, keep_loaded = bind(*args, **kwargs)

@@ -14,6 +14,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator
 from datetime import datetime, timezone
+from pathlib import Path
 from types import ModuleType
 
 from . import device_utils
@@ -22,6 +23,7 @@ from .distorch2_patch import distorch2_nodes, patchers_of
 from .model_lookup import META, forget_homes
 from .patch_table import Patch, PatchTable
 from .retention import (
+    FileState,
     Retained,
     Retention,
     executing_node,
@@ -116,7 +118,7 @@ def _loader(join: MemoryJoin, node_class: str) -> Callable:
         if retained is None:
             if join.watch.is_short():
                 join.free_ram()
-            with files_read() as files:
+            with files_read(join.have_ram_for) as files:
                 retained = Retained(wrapped(*args, **kwargs), files)
         elif inputs.get("eject_models"):
             for _, model in _loaded(mm):
@@ -380,6 +382,20 @@ class MemoryJoin:
     def tidy_later(self) -> None:
         """Models have gone: the next ``soft_empty_cache`` collects garbage and trims the heap."""
         self.tidy_due = True
+
+    def have_ram_for(self, file: FileState) -> None:
+        """Before a model file is read: let others go if it would not fit in RAM, or say so."""
+        if device_utils.ram_left() < file.size:
+            self.free_ram()
+            gc.collect()
+        left = device_utils.ram_left()
+        if left < file.size:
+            logger.warning(
+                f"[MultiGPU] {Path(file.path).name} is {file.size / GIB:.2f} GiB, and RAM has "
+                f"{max(0, left) / GIB:.2f} GiB left: this may end in swapping, or in the process "
+                f"being killed. A smaller format (fp8, GGUF) helps, or letting other models go; "
+                f"how much of it is on the card makes no difference while it is read."
+            )
 
     def free_ram(self) -> None:
         """RAM is short: let go of what is retained, and of the homes of what is resident."""

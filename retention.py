@@ -153,8 +153,11 @@ class Retention:
 
 
 @contextmanager
-def files_read() -> Iterator[list[FileState]]:
-    """Collects the state of every model file that is looked up or read inside."""
+def files_read(before_reading: Callable[[FileState], None]) -> Iterator[list[FileState]]:
+    """Collects the state of every model file that is looked up or read inside.
+
+    ``before_reading`` is called with each that is read whole.
+    """
     import comfy.utils
     import folder_paths
 
@@ -170,7 +173,10 @@ def files_read() -> Iterator[list[FileState]]:
         return path
 
     def load_file(wrapped, instance, args, kwargs):
-        note(kwargs["ckpt"] if "ckpt" in kwargs else args[0])
+        path = str(kwargs["ckpt"] if "ckpt" in kwargs else args[0])
+        note(path)
+        if path in seen:
+            before_reading(seen[path])
         return wrapped(*args, **kwargs)
 
     table = PatchTable()

@@ -146,8 +146,10 @@ class SwappedModel:
         becomes_whole = wanted.bytes_per_pass == 0 < self.split.bytes_per_pass
         if held <= room.nbytes and more < WORTH_BLOCKS * block and not becomes_whole:
             return
-        self.split = refit_split(self.split, wanted)
-        self.tuner.begin()
+        fitted = refit_split(self.split, wanted)
+        if (fitted.homes, fitted.slots) != (self.split.homes, self.split.slots):
+            self.split = fitted
+            self.tuner.begin()
 
     def _make_room(self, missing: int) -> bool:
         """A pass has run out of memory: give ``missing`` bytes, or a block, back, and go on.

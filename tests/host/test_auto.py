@@ -232,6 +232,23 @@ def test_what_is_free_is_never_quite_the_same_and_nothing_flaps(bench, card, nee
     assert bench.sample(bench.distorch(AUTO), seed=1).equal(reference[1])
 
 
+def test_prompt_after_prompt_nothing_moves_and_nothing_is_said(bench, card, log):
+    """The same video again: what is free has not changed, and neither does anything else."""
+    card(14)
+    for seed in (1, 2, 1):
+        bench.sample(bench.distorch(AUTO), seed=seed)
+    split, said = bench.state().split, len(log("Block swap of"))
+    block = split.sizes.largest_block
+    ledger.clear_copies()
+    for seed in (2, 1):
+        bench.sample(bench.distorch(AUTO), seed=seed)
+    assert bench.state().split is split
+    assert len(log("Block swap of")) == said
+    passes = 2 * 2 * 2  # prompts, steps, cond and uncond
+    large = [copy.nbytes for copy in ledger.copies if copy.nbytes >= block // 2]
+    assert len(large) == passes * len(split.swapped)
+
+
 def test_it_follows_the_length_of_the_video_and_reads_no_file(bench, card, reference):
     probe = bench.host.custom_module("probe")
     card(18)

@@ -310,6 +310,28 @@ def test_short_ram_forgets_outputs_and_what_was_kept(
     assert len(retention) == 1
 
 
+def test_a_file_that_ram_has_no_room_for_is_told_before_it_is_read(
+    bench, management, retention, monkeypatch, caplog
+):
+    """What is kept goes first; the file is read all the same."""
+    bench.sample(bench.distorch(SPLIT, keep_loaded=True))
+    left = [1 << 24]
+    monkeypatch.setattr(management.device_utils, "ram", lambda: (left[0], 1 << 24))
+    management.logger.addHandler(caplog.handler)
+    try:
+        bench.sample(bench.distorch(SPLIT, unet_name="other.safetensors"))
+        assert len(retention) == 0
+        told = {r.getMessage() for r in caplog.records if "may end in swapping" in r.getMessage()}
+        assert len(told) == 1 and "other.safetensors is" in told.pop()
+        caplog.clear()
+        left[0] = 1 << 40
+        bench.clear()
+        bench.sample(bench.distorch(SPLIT))
+        assert not [r for r in caplog.records if "may end in swapping" in r.getMessage()]
+    finally:
+        management.logger.removeHandler(caplog.handler)
+
+
 def test_soft_empty_cache_clears_all_devices_when_distorch2_is_active(bench, monkeypatch):
     cleared = []
     empty_cache = type(torch.acc).empty_cache
