@@ -21,11 +21,12 @@ from .packed_weights import Pack, ordinary_tensors
 from .page_locks import Need, PageLocks
 from .pass_timing import PassTimer
 
-# What pageable homes go through. The worker needs the interpreter's lock some three times a chunk,
+# What pageable homes go through. The worker needs the interpreter's lock some four times a chunk,
 # and may wait 5 ms (``sys.getswitchinterval``) for it each time that the sampler computes in
-# Python: few large chunks, and as many as keep a bus of 25 GB/s busy for two such waits.
-CHUNK_BYTES = 1 << 25
-RING_CHUNKS = 8
+# Python, so chunks are large: with 64 MiB that costs the least (bench/results/staging.md), and four
+# of them keep a bus of 25 GB/s busy for two such waits.
+CHUNK_BYTES = 1 << 26
+RING_CHUNKS = 4
 
 
 def _nothing_reads_it() -> None:

@@ -250,7 +250,7 @@ class CudaCard(Card):
         # Blocks of 89 MiB, 0.9 GiB in all.
         "wan": {"layers": 10, "dim": 1536, "ffn": 8960},
         "other": {"layers": 10, "dim": 1536, "ffn": 8960, "seed": 7},
-        # Blocks of 32 MiB, two chunks and more of what pageable homes go through.
+        # Blocks of 32 MiB, half a chunk of what pageable homes go through.
         "small": {"layers": 8, "dim": 1024, "ffn": 4096},
     }
     video = {"width": 512, "height": 320, "length": 5, "batch_size": 1}
