@@ -197,7 +197,7 @@ def test_a_loaded_model_gets_page_locks_that_become_free(bench, cudart, monkeypa
 
 def test_no_ring_goes_past_the_budget(bench, cudart, monkeypatch):
     """Then copies are slow, which is better than somebody else's copy failing."""
-    monkeypatch.setattr(bench.mm, "MAX_PINNED_MEMORY", MIB // 4)
+    monkeypatch.setattr(bench.mm, "MAX_PINNED_MEMORY", MIB // 8)
     beside = []
     utils = bench.module("device_utils")
     monkeypatch.setattr(utils, "page_locked", lambda nbytes: beside.append(nbytes))

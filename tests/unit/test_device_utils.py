@@ -109,6 +109,44 @@ def test_caches_of_all_devices_are_emptied_each_on_its_device(family, name):
 
 
 @pytest.mark.parametrize("name", INDEXED)
+def test_a_device_that_holds_nothing_is_left_alone(family, monkeypatch, name):
+    backend = family(name, Backend())
+    monkeypatch.setattr(backend, "memory_reserved", lambda device: device.index * GIB)
+    device_utils.empty_caches()
+    assert {call[1] for call in backend.calls if call[0] == "synchronize"} == {1}
+
+
+def test_a_device_without_a_context_is_not_even_asked(family, monkeypatch):
+    """cudaMallocAsync would make one to answer what it holds."""
+    backend, asked = family("cuda", Backend()), []
+    monkeypatch.setattr(
+        torch._C, "_cuda_hasPrimaryContext", lambda index: index == 0, raising=False
+    )
+    monkeypatch.setattr(
+        backend, "memory_reserved", lambda device: asked.append(device.index) or GIB
+    )
+    device_utils.empty_caches()
+    assert asked == [0]
+    assert {call[1] for call in backend.calls if call[0] == "synchronize"} == {0}
+
+
+@pytest.mark.parametrize("lacks", [True, False])
+def test_events_sleep_where_the_backend_can(family, lacks):
+    """A worker that spins while it waits for the bus takes a core."""
+    made = []
+
+    class Event:
+        def __init__(self, **options):
+            if lacks and options:
+                raise TypeError("no such option")
+            made.append(options)
+
+    family("cuda", Backend()).Event = Event
+    device_utils.blocking_event(SimpleNamespace(type="cuda", index=0))
+    assert made == [{} if lacks else {"blocking": True}]
+
+
+@pytest.mark.parametrize("name", INDEXED)
 def test_what_a_family_lacks_is_done_without(family, name):
     family(name, Backend("mem_get_info", "ipc_collect", "device", "Event"))
     assert device_utils.total_memory(f"{name}:0") == 6 * GIB
