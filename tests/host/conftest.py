@@ -85,6 +85,26 @@ def static_split(bench, monkeypatch):
     monkeypatch.setattr(bench.module("step_time"), "WORTH", 1.0)
 
 
+@pytest.fixture
+def no_wan(bench):
+    """A patcher of a model of six layers of 2 MiB that is no Wan: MultiGPU's to load."""
+    import comfy.model_patcher
+    import comfy.ops
+
+    bench.needs_multigpu(2, 5, 11)
+    bench.sample(bench.distorch("acc:0,12mb;cpu,*"))  # MultiGPU and the plugin patch ComfyUI
+    bench.clear()
+    inner = torch.nn.Module()
+    inner.diffusion_model = torch.nn.Module()
+    inner.diffusion_model.blocks = torch.nn.ModuleList(
+        comfy.ops.manual_cast.Linear(1024, 1024, dtype=torch.bfloat16) for _ in range(6)
+    )
+    patcher = comfy.model_patcher.ModelPatcher(inner, torch.device(COMPUTE), torch.device("cpu"))
+    yield patcher
+    bench.allocate(patcher, "")
+    patcher.detach()
+
+
 @pytest.fixture(scope="session")
 def reference(bench):
     """Latents of the unswapped model on the same device, by seed (1 and 2)."""

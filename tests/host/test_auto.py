@@ -356,36 +356,18 @@ def test_settings_of_the_host_are_respected(bench, card, monkeypatch, reference,
     assert ledger.peak[COMPUTE] <= 16 * MIB
 
 
-def test_what_multigpu_loads_is_told_in_bytes(bench, card, monkeypatch):
+def test_what_multigpu_loads_is_told_in_bytes(bench, card, no_wan, monkeypatch):
     """It knows no `auto`; the string stays what the user typed.
 
     A layer is 2 MiB here, and MultiGPU may place one more than it was asked to.
     """
-    import comfy.model_patcher
-    import comfy.ops
-
-    bench.needs_multigpu(2, 5, 11)
-
-    class Inner(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            operations = comfy.ops.manual_cast
-            layers = [operations.Linear(1024, 1024, dtype=torch.bfloat16) for _ in range(6)]
-            self.diffusion_model = torch.nn.Module()
-            self.diffusion_model.blocks = torch.nn.ModuleList(layers)
-
-    bench.sample(bench.distorch("acc:0,12mb;cpu,*"))
-    bench.clear()
     card(9)
     monkeypatch.setattr(bench.mm, "minimum_inference_memory", lambda: 3 * MIB)
-    inner, text = Inner(), "acc:0,auto;acc:1,*#acc:0"
-    patcher = comfy.model_patcher.ModelPatcher(inner, torch.device(COMPUTE), torch.device("cpu"))
-    bench.allocate(patcher, text)
-    patcher.partially_load(torch.device(COMPUTE))
+    inner, text = no_wan.model, "acc:0,auto;acc:1,*#acc:0"
+    bench.allocate(no_wan, text)
+    no_wan.partially_load(torch.device(COMPUTE))
     assert bench.module("model_lookup").allocation_text(inner) == text
     assert inner._distorch2_in_bytes[1].startswith(f"acc:0,{6 * MIB}b;acc:1,*#")
     held = sum(p.nbytes for p in inner.parameters() if str(p.device) == COMPUTE)
     assert 0 < held <= 9 * MIB
     assert {str(p.device) for p in inner.parameters()} == {COMPUTE, "acc:1"}
-    bench.allocate(patcher, "")
-    patcher.detach()

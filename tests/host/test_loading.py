@@ -273,32 +273,13 @@ def test_every_distorch2_loader_bypasses_dynamic_vram(bench, monkeypatch, node, 
     assert comfy.memory_management.aimdo_enabled is True
 
 
-def test_a_model_that_is_no_wan_goes_to_multigpus_own_path(bench, monkeypatch):
-    import comfy.model_patcher
-    import comfy.ops
-
-    bench.needs_multigpu(2, 5, 11)
-
-    class Inner(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            operations = comfy.ops.manual_cast
-            layers = [operations.Linear(1024, 1024, dtype=torch.bfloat16) for _ in range(6)]
-            self.diffusion_model = torch.nn.Module()
-            self.diffusion_model.blocks = torch.nn.ModuleList(layers)
-
-    bench.sample(bench.distorch(SPLIT))  # MultiGPU has patched ComfyUI, and so has the plugin
-    patch = bench.module("model_lookup")
-    inner = Inner()
-    patcher = comfy.model_patcher.ModelPatcher(inner, torch.device(COMPUTE), torch.device("cpu"))
-    bench.allocate(patcher, "acc:0,40%;acc:1,60%#acc:0")
-    assert not patch.is_swapped_here(patcher)
-    patcher.partially_load(torch.device(COMPUTE))
-    assert not hasattr(inner, patch.STATE)
-    devices = {str(p.device) for p in inner.parameters()}
-    assert devices == {"acc:0", "acc:1"}
-    bench.allocate(patcher, "")
-    patcher.detach()
+def test_a_model_that_is_no_wan_goes_to_multigpus_own_path(bench, no_wan):
+    lookup = bench.module("model_lookup")
+    bench.allocate(no_wan, "acc:0,40%;acc:1,60%#acc:0")
+    assert not lookup.is_swapped_here(no_wan)
+    no_wan.partially_load(torch.device(COMPUTE))
+    assert not hasattr(no_wan.model, lookup.STATE)
+    assert {str(p.device) for p in no_wan.model.parameters()} == {"acc:0", "acc:1"}
 
 
 # --------------------------------------------------------------- homes of what is resident
