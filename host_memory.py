@@ -48,13 +48,19 @@ _wanted_free: ContextVar[float] = ContextVar("wanted_free", default=0.0)
 
 def _kind_of(model, shape) -> PassKind:
     dtype = model.get_dtype() if hasattr(model, "get_dtype") else None
-    return PassKind.of(type(model.diffusion_model).__name__, dtype, shape)
+    return PassKind.of(type(_uncompiled(model)).__name__, dtype, shape)
+
+
+def _uncompiled(model):
+    """The diffusion model of an inner model, also while ``torch.compile`` stands in its place."""
+    diffusion_model = diffusion_model_of(model)
+    return getattr(diffusion_model, "_orig_mod", diffusion_model)
 
 
 def memory_required(wrapped, model, args, kwargs):
     """What a pass needs beside the weights: for ``auto``, what it was seen to need."""
     estimate = wrapped(*args, **kwargs)
-    if not allocation_text(model) or not block_lists(diffusion_model_of(model)):
+    if not allocation_text(model) or not block_lists(_uncompiled(model)):
         return estimate
     kind = _kind_of(model, kwargs["input_shape"] if "input_shape" in kwargs else args[0])
     setattr(model, ASKED, kind)
@@ -74,9 +80,11 @@ def room_for_weights(patcher, state: SwappedModel, extra_memory: float) -> Room:
     kind = model.__dict__.pop(ASKED, None)
     formats = getattr(model, "latent_format", None)
     what = "" if kind is None else kind.describe(*_downscaling(formats))
+    if mm.vram_state == mm.VRAMState.NO_VRAM:
+        return Room(free, free - held - extra_memory, what)
     if kind is not None and pass_memory.knows(kind):
         # For ``auto`` ComfyUI was told, and has added what ControlNets and the like will need.
-        known = _wanted_free.get() if state.is_auto else pass_memory.need(kind, 0)
+        known = max(_wanted_free.get() if state.is_auto else 0, pass_memory.need(kind, 0))
         need = max(mm.minimum_inference_memory(), known + mm.extra_reserved_memory())
         return Room(free, need, what)
     if extra_memory >= EVERYTHING:

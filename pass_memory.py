@@ -75,8 +75,11 @@ class PassMemory:
 
     def knows(self, kind: PassKind) -> bool:
         """Whether a pass of this kind, in a batch of any size, was seen."""
-        seen = [*self._peaks, *self._failed]
-        return any(known.batched(0) == kind.batched(0) for known in seen)
+        return any(known.batched(0) == kind.batched(0) for known in self._seen())
+
+    def _seen(self) -> dict[PassKind, float]:
+        """All that is known: where a pass has failed since, what that has shown."""
+        return {**self._peaks, **self._failed}
 
     def need(self, kind: PassKind, estimate: float) -> float:
         """Bytes that a pass needs; ``estimate`` where nothing is known.
@@ -89,7 +92,7 @@ class PassMemory:
             return self._peaks[kind] * (1 + SLACK)
         others = [
             nbytes * kind.latent[0] / known.latent[0]
-            for known, nbytes in self._peaks.items()
+            for known, nbytes in self._seen().items()
             if known.batched(0) == kind.batched(0)
         ]
         return max(others) * (1 + SLACK) if others else estimate

@@ -30,7 +30,7 @@ class PassWatch:
         self._peaks: set = set()  # shapes whose peak is known
         self._timer: PassTimer | None = None
         self._earlier = None  # the mark that ended the last pass
-        self._peak_of: object = None  # the shape of the pass whose peak is wanted
+        self._shape: object = None  # of the pass that runs
 
     def time_passes(self, on_pass_time: Callable[[PassTime], None] | None) -> None:
         """Call ``on_pass_time`` with what the second pass took, once for every shape of inputs.
@@ -69,8 +69,8 @@ class PassWatch:
 
     def begin(self, shape: object) -> None:
         """A pass with inputs of ``shape`` begins."""
-        if self._on_peak is not None and shape not in self._peaks:
-            self._peak_of = shape
+        self._shape = shape
+        if self._on_peak is not None:
             device_utils.reset_peak_memory(self._device)
         if self._on_pass_time is None or stream_module(self._device) is None:
             return
@@ -84,6 +84,7 @@ class PassWatch:
     def restart(self) -> None:
         """What the pass did so far is done again: it has no time, and its peak begins anew."""
         self._timer = None
+        self._peaks.discard(self._shape)  # it takes more than was known
         device_utils.reset_peak_memory(self._device)
 
     def end(self, completed: bool) -> None:
@@ -101,21 +102,26 @@ class PassWatch:
                 self._earlier.record(module.current_stream(self._device))
 
     def report_peak(self, completed: bool) -> None:
-        """Tell the peak of the pass that is over, if it is wanted."""
-        shape, self._peak_of = self._peak_of, None
-        if shape is None:
-            return
-        peak = device_utils.peak_memory(self._device) if completed else None
-        if peak is not None:
-            self._peaks.add(shape)
-            self._on_peak(shape, peak, failed=False)
+        """Tell the peak of the pass that is over, if it is the first of its shape."""
+        if completed and self._shape not in self._peaks:
+            self._tell_peak(0, failed=False)
 
     def report_missing(self, nbytes: int) -> None:
         """The pass fails for want of ``nbytes``: its peak is that much higher, at least."""
+        self._peaks.discard(self._shape)
+        self._tell_peak(nbytes, failed=True)
+
+    def _tell_peak(self, more: int, failed: bool) -> None:
         peak = device_utils.peak_memory(self._device)
-        if self._peak_of is not None and peak is not None:
-            self._on_peak(self._peak_of, peak + nbytes, failed=True)
-        self._peaks.clear()
+        if self._on_peak is None or peak is None or self._shape is None or len(self._shape) < 2:
+            return
+        if not more:
+            self._peaks.add(self._shape)
+        try:
+            self._on_peak(self._shape, peak + more, failed=failed)
+        except Exception as error:  # nothing that is learnt is worth a run
+            logger.warning(f"[MultiGPU] block swap: memory is not learnt any more: {error!r}")
+            self._on_peak = None
 
     @property
     def timer(self) -> PassTimer | None:

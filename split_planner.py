@@ -66,6 +66,8 @@ def refit_split(split: Split, wanted: Split) -> Split:
 
     while fitted().compute_bytes > limit:
         resident = [i for i in range(count) if homes[i] == compute]
+        if not resident:  # blocks of very different sizes: a slot is as large as the largest
+            return wanted
         index = max(resident, key=lambda i: min(gaps(i)))
         donor = donor_with_room(fitted(), sizes.blocks[index].nbytes)
         if donor is None:

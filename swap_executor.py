@@ -192,7 +192,8 @@ class BlockSwap:
         @functools.wraps(method)
         def entry(*args, **kwargs):
             model = reference()
-            shape = next((a.shape for a in args if isinstance(a, torch.Tensor)), None)
+            tensors = (a for a in (*args, kwargs.get("x")) if isinstance(a, torch.Tensor))
+            shape = next((tensor.shape for tensor in tensors), None)
             while True:
                 try:
                     with self.forward_pass(model, shape) if driving else nullcontext():
@@ -201,7 +202,8 @@ class BlockSwap:
                         return method(model, *args, **kwargs)
                 except Exception as error:
                     # What the method computes is a function of its inputs: it can run again.
-                    if not self._find_room(model, error, may_repeat()):
+                    repeat = may_repeat() and not _keeps_state(args, kwargs, self._depth == 0)
+                    if not self._find_room(model, error, repeat):
                         raise
 
         entry.driving = driving
@@ -260,6 +262,8 @@ class BlockSwap:
 
     def _hang_views(self, model: torch.nn.Module) -> None:
         """Let the model's own code meet views that bring blocks and swapped embeddings in."""
+        for name in self._views:
+            model.__dict__.pop(name, None)
         self._views = {
             name: BlockList(self, model._modules[name], indices)
             for name, indices in self._lists.items()
@@ -411,6 +415,19 @@ def _hide_from_dynamo() -> None:
         method = vars(BlockSwap)[name]
         if dynamo is not None and not hasattr(method, "_torchdynamo_disable"):
             setattr(BlockSwap, name, dynamo.disable(method))
+
+
+def _keeps_state(args: tuple, kwargs: dict, outermost: bool) -> bool:
+    """Whether a call writes into what it is given, or into what others wrap it with.
+
+    Autoregressive models fill caches, a dictionary for every block, as they go; what wraps a
+    forward (ComfyUI's ``wrappers``: EasyCache and the like) counts the outermost calls.
+    """
+    options = kwargs.get("transformer_options") or {}
+    caches = (a for a in (*args, *kwargs.values()) if isinstance(a, (list, tuple)))
+    if any(isinstance(entry, dict) for cache in caches for entry in cache):
+        return True
+    return "ar_state" in options or (outermost and bool(options.get("wrappers")))
 
 
 def _records_cuda_graphs() -> bool:

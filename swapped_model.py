@@ -117,7 +117,7 @@ class SwappedModel:
         """What a donor that is ``auto`` has for this model: what is free there, less a margin."""
         device = device_utils.torch_device(donor)
         held = sum(pack.nbytes for pack in self.packs if pack.device == device)
-        return int((1 - DONOR_MARGIN) * device_utils.free_memory(donor)) + held
+        return int((1 - DONOR_MARGIN) * (device_utils.free_memory(donor) + held))
 
     @property
     def is_auto(self) -> bool:

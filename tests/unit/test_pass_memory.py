@@ -80,3 +80,10 @@ def test_room_says_why():
 def test_there_is_no_less_than_no_room():
     assert Room(GIB, 2 * GIB).nbytes == 0
     assert Room(1e32, 0).nbytes > 0
+
+
+def test_a_failure_in_another_batch_is_known_in_proportion():
+    memory = PassMemory()
+    memory.fail(VIDEO.batched(2), 2000)
+    assert memory.knows(VIDEO)
+    assert memory.need(VIDEO, 0) > 1000

@@ -412,3 +412,13 @@ def test_refitted_blocks_stay_spread():
         swapped = split.swapped
         gaps = [(b - a) % 40 for a, b in zip(swapped, swapped[1:] + swapped[:1], strict=True)]
         assert max(gaps) <= 2 * (40 / len(swapped)) + 1
+
+
+def test_a_heavy_first_block_is_no_trap_for_refitting():
+    """A slot is as large as the largest swapped block: swapping one more can take more memory."""
+    blocks = tuple(Block(f"blocks.{i}", (2 if i == 0 else 1) * MIB) for i in range(40))
+    sizes = ModelSizes(blocks, 0)
+    splits = [plan_auto("acc:0,auto;cpu,*", room * MIB, sizes) for room in range(2, 42)]
+    for split in splits:
+        for wanted in splits:
+            assert refit_split(split, wanted).compute_bytes <= wanted.compute_bytes
