@@ -11,15 +11,16 @@ import logging
 import sys
 import traceback
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 
 import torch
 
 from . import device_utils
-from .block_views import BlockList, SwappedModule, entry_points
+from .block_order import BlockOrder
 from .device_utils import running_on, synchronize
 from .donor_link import Links, Slot, Use
+from .module_calls import CallSite, Wrap, entry_methods, has_forward, methods_called_by
 from .packed_weights import Pack, ordinary_tensors
 from .page_locks import PageLocks
 from .pass_watch import PassWatch
@@ -30,16 +31,14 @@ logger = logging.getLogger("MultiGPU")
 class BlockSwap:
     """Runs the blocks of one model on ``compute_device``, wherever their homes are.
 
-    ``packs`` holds one ``Pack`` per block in execution order, ``lists`` names the model's block
-    lists and gives, for each of their modules, the index of its pack. ``embeddings`` names modules
-    of the model that run before the blocks and are called as a whole, and gives the index of their
-    packs, ``beside`` the packs that are not swapped. ``update`` and ``allocate_slots`` come before
-    the first pass.
+    ``packs`` holds one ``Pack`` per block, ``calls`` the names of the modules whose calls want it,
+    and ``leading`` the indices of those that run before the blocks proper; both are in the order
+    that is likely until a pass has shown it. ``beside`` are packs that are not swapped. ``update``
+    and ``allocate_slots`` come before the first pass.
 
-    Inside a pass the model's own loop drives the swap: the block lists are views that bring a
-    block in, yield it, and release it when the loop comes back; so are swapped embeddings, around
-    their call. Nothing swapped travels back, and after a pass, however it ends, every tensor is at
-    home.
+    The model's own forward drives the swap: a block is brought in when it is called, and kept until
+    another one is called or the pass ends. A pass is the outermost call of whatever holds blocks.
+    Nothing swapped travels back, and after a pass, however it ends, every tensor is at home.
 
     """
 
@@ -47,8 +46,8 @@ class BlockSwap:
         self,
         compute_device: torch.device,
         packs: Sequence[Pack],
-        lists: Mapping[str, Sequence[int]],
-        embeddings: Mapping[str, int] | None = None,
+        calls: Sequence[Sequence[str]],
+        leading: Collection[int] = (),
         locks: PageLocks | None = None,
         beside: Sequence[Pack] = (),
     ):
@@ -57,14 +56,18 @@ class BlockSwap:
         self._packs = tuple(packs)
         # Lives as long as copies may be on their way: what dies unlocks its homes, after those.
         self._beside = tuple(beside)
-        self._lists = dict(lists)
-        self._embeddings = dict(embeddings or {})
+        self._calls = tuple(tuple(names) for names in calls)
+        self._leading = frozenset(leading)
         self._slots: list[Slot] = []
         self.links = Links(compute_device, locks)
         self._swapped: frozenset[int] = frozenset()
-        self._order: list[int] = []
-        self._trace: list[int] = []
-        self._cursor = 0
+        self._orders: dict[str, BlockOrder] = {}  # by what is called
+        self._follows: dict[str, str] = {}  # what was called after it
+        self._entry = ""  # what was called last
+        self._sites: list[CallSite] = []
+        self._ran: set[int] = set()
+        self._running: dict[int, Use | None] = {}  # blocks whose calls have not returned
+        self._kept: list[Use | None] = []  # of those whose calls have
         self._depth = 0
         self.watch = PassWatch(compute_device)
         self._last_slot: dict[int, Slot] = {}
@@ -72,7 +75,6 @@ class BlockSwap:
         # Gets the bytes that a pass could not have, and says whether it has made room for them:
         # what ran out of memory is then run again.
         self.on_missing: Callable[[int], bool] | None = None
-        self._views: dict[str, BlockList | SwappedModule] = {}
         self._inside = ExitStack()
         # Slots and homes must outlive the copies that are still on their way.
         finalizer = weakref.finalize(self, self.links.close)
@@ -88,10 +90,9 @@ class BlockSwap:
         """
         self._slots_wanted = slots
         self.watch.drop_timer()
-        first = list(self._embeddings.values())
-        execution = first + [i for i in range(len(self._packs)) if i not in first]
-        self._order = [i for i in execution if self._packs[i].device != self.compute_device]
-        self._swapped = frozenset(self._order)
+        self._swapped = frozenset(
+            i for i, pack in enumerate(self._packs) if pack.device != self.compute_device
+        )
         if any(slot.buffer.nbytes != self._block_bytes() for slot in self._slots):
             self._slots.clear()
         del self._slots[slots:]
@@ -124,9 +125,14 @@ class BlockSwap:
             for device in {pack.device for pack in self._packs} - {None}:
                 synchronize(device)
 
+    @property
+    def idle(self) -> frozenset[int]:
+        """Blocks that no pass has called until now."""
+        return frozenset(range(len(self._packs))) - self._ran
+
     def count_staged(self) -> int:
         """How many swapped blocks lie in host memory that is not page-locked, and are staged."""
-        return sum(self.links.is_staged(self._packs[index]) for index in self._order)
+        return sum(self.links.is_staged(self._packs[index]) for index in self._swapped)
 
     def drop_slots(self) -> int:
         """Free the slots and return their bytes. The next pass allocates them anew."""
@@ -147,69 +153,79 @@ class BlockSwap:
     def drive(self, model: torch.nn.Module) -> Callable[[], None]:
         """Let ``model`` run through this swap; returns the function that undoes it.
 
-        Its ``forward``, and every other method that loops over the block lists, opens a pass.
-        The wrappers sit on the instance and hold it weakly: a model that nobody else holds dies.
+        Hooks are on instances, and hold them weakly: a model that nobody else holds dies.
         """
         _hide_from_dynamo()
-        reference = weakref.ref(model)
-        names = entry_points(type(model), {*self._lists, *self._embeddings})
-        before = {name: model.__dict__[name] for name in names if name in model.__dict__}
         driving = [True]
-        entries: dict[str, Callable] = {}
+        above = _holders(model, [name for names in self._calls for name in names])
+        self._sites = []
+        for index, names in enumerate(self._calls):
+            wrap = _weakly(self._wanting, index, driving)
+            for name in names:
+                module = model.get_submodule(name)
+                holders = {type(model.get_submodule(path)) for path in above if _holds(path, name)}
+                methods = methods_called_by(holders, type(module))
+                self._sites.append(CallSite(model, name, methods, wrap))
+        entries: list[CallSite] = []
 
         def may_repeat() -> bool:
             """Whether all of it is the model's own code: others may keep state across passes."""
-            own = reference().__dict__
-            ours = (getattr(own.get(name), "driving", None) is driving for name in names)
-            return not before and all(ours)
+            return all(site.is_plain for site in entries)
 
-        for name in names:
-            method, replaced = getattr(type(model), name), before.get(name)
-            entries[name] = self._entry(reference, method, replaced, driving, may_repeat)
-        model.__dict__.update(entries)
+        for path, children in above.items():
+            wrap = _weakly(self._opening, path, driving, may_repeat)
+            methods = entry_methods(type(model.get_submodule(path)), children)
+            entries.append(CallSite(model, path, methods, wrap))
+        sites = [*self._sites, *entries]
 
         def undo() -> None:
-            # What others have put over an entry since is theirs; an entry that they have kept to
-            # put back later only calls what it replaced.
+            # An entry that others have kept to put back later only calls what it replaced.
             driving.clear()
-            instance = reference()
-            for name, entry in entries.items():
-                if instance is not None and instance.__dict__.get(name) is entry:
-                    del instance.__dict__[name]
-                    if name in before:
-                        instance.__dict__[name] = before[name]
+            for site in sites:
+                site.detach()
 
         return undo
 
-    def _entry(
-        self,
-        reference: weakref.ref,
-        method: Callable,
-        replaced: Callable | None,
-        driving: list[bool],
-        may_repeat: Callable[[], bool],
+    def _wanting(self, index: int, driving: list[bool], call: Callable) -> Callable:
+        """``call``, which wants block ``index``."""
+
+        @functools.wraps(call)
+        def wanting(*args, **kwargs):
+            if not driving or index in self._running:
+                return call(*args, **kwargs)
+            with nullcontext() if self._depth else self.forward_pass(self._calls[index][0]):
+                self.enter_block(index)
+                try:
+                    return call(*args, **kwargs)
+                finally:
+                    self.leave_block(index)
+
+        return wanting
+
+    def _opening(
+        self, entry: str, driving: list[bool], may_repeat: Callable[[], bool], call: Callable
     ) -> Callable:
-        @functools.wraps(method)
-        def entry(*args, **kwargs):
-            model = reference()
+        """``call`` as a pass, which runs again where it runs out of memory and room is made."""
+
+        @functools.wraps(call)
+        def opening(*args, **kwargs):
+            if not driving:
+                return call(*args, **kwargs)
             tensors = (a for a in (*args, kwargs.get("x")) if isinstance(a, torch.Tensor))
             shape = next((tensor.shape for tensor in tensors), None)
             while True:
                 try:
-                    with self.forward_pass(model, shape) if driving else nullcontext():
-                        if replaced is not None:
-                            return replaced(*args, **kwargs)
-                        return method(model, *args, **kwargs)
+                    with self.forward_pass(entry, shape):
+                        return call(*args, **kwargs)
                 except Exception as error:
                     # What the method computes is a function of its inputs: it can run again.
                     repeat = may_repeat() and not _keeps_state(args, kwargs, self._depth == 0)
-                    if not self._find_room(model, error, repeat):
+                    if not self._find_room(error, repeat):
                         raise
 
-        entry.driving = driving
-        return entry
+        return opening
 
-    def _find_room(self, model: torch.nn.Module, error: Exception, may_repeat: bool) -> bool:
+    def _find_room(self, error: Exception, may_repeat: bool) -> bool:
         """Whether ``error`` is the allocator's and room was made: what failed may run again."""
         missing = device_utils.missing_memory(error)
         if missing is None or self.on_missing is None:
@@ -219,7 +235,7 @@ class BlockSwap:
             return False
         self._release_slots()
         self.watch.drop_timer()
-        self._trace, self._cursor = [], 0
+        self._order_of(self._entry).begin()
         if not self.on_missing(missing):
             self.watch.report_missing(missing)
             return False
@@ -227,18 +243,16 @@ class BlockSwap:
         traceback.clear_frames(error.__traceback__)
         error.__traceback__ = error.__context__ = None
         self.watch.restart()
-        if self._depth:
-            self._hang_views(model)
         return True
 
     @contextmanager
-    def forward_pass(self, model: torch.nn.Module, shape: object = None) -> Iterator[None]:
-        """One forward pass of ``model``. Nested passes belong to the outermost.
+    def forward_pass(self, entry: str = "", shape: object = None) -> Iterator[None]:
+        """One pass, of what is called ``entry``. Nested passes belong to the outermost.
 
         Passes of one ``shape`` take one time.
         """
         if self._depth == 0:
-            self._open(model, shape)
+            self._open(entry, shape)
         self._depth += 1
         completed = False
         try:
@@ -247,51 +261,49 @@ class BlockSwap:
         finally:
             self._depth -= 1
             if self._depth == 0:
-                self._close(model, completed)
+                self._close(completed)
 
-    def _open(self, model: torch.nn.Module, shape: object) -> None:
+    def _open(self, entry: str, shape: object) -> None:
         with ExitStack() as inside:
             inside.enter_context(running_on(self.compute_device))
             self.watch.before_pass()
             self.allocate_slots()
-            self.watch.begin(shape)
-            self._trace = []
-            self._cursor = 0
-            self._hang_views(model)
+            # What is called beside the model itself takes no time worth knowing.
+            self.watch.begin(shape if entry == "" else None)
+            self._follows[self._entry], self._entry = entry, entry
+            self._order_of(entry).begin()
+            for site in self._sites:
+                site.follow()
             self._inside = inside.pop_all()
 
-    def _hang_views(self, model: torch.nn.Module) -> None:
-        """Let the model's own code meet views that bring blocks and swapped embeddings in."""
-        for name in self._views:
-            model.__dict__.pop(name, None)
-        self._views = {
-            name: BlockList(self, model._modules[name], indices)
-            for name, indices in self._lists.items()
-        }
-        for name, index in self._embeddings.items():
-            if index in self._swapped:
-                self._views[name] = SwappedModule(self, model._modules[name], index)
-        model.__dict__.update(self._views)
-
-    def _close(self, model: torch.nn.Module, completed: bool) -> None:
+    def _close(self, completed: bool) -> None:
         with self._inside:
-            for name in self._views:
-                model.__dict__.pop(name, None)
-            self._views = {}
             self.watch.end(completed)
             self._release_slots()
-            self._cursor = 0
             self.watch.report_peak(completed)
             if completed:
-                # A pass that skips blocks keeps the order, one that runs them otherwise teaches it.
-                if not _is_subsequence(self._trace, self._order):
-                    self._order = self._trace
+                self._order_of(self._entry).end()
                 self._prefetch()
 
     def _release_slots(self) -> None:
+        self._running.clear()
+        self._kept.clear()
         for slot in self._slots:
             for use in list(slot.uses):
                 self.release(use)
+
+    def enter_block(self, index: int) -> None:
+        """Block ``index`` is called: bring it in, and let go of those whose calls have returned."""
+        while self._kept:
+            self.release(self._kept.pop())
+        self._running[index] = self.acquire(index)
+
+    def leave_block(self, index: int) -> None:
+        """The call of block ``index`` returns; what comes before the next one may still use it."""
+        if self.watch.timer is not None:
+            self.watch.timer.block_ends()
+        if index in self._running:
+            self._kept.append(self._running.pop(index))
 
     def acquire(self, index: int) -> Use | None:
         """Bring block ``index`` in, its copy ordered before the computation that follows.
@@ -299,8 +311,9 @@ class BlockSwap:
         Returns what ``release`` takes; ``None`` for a resident block.
         """
         use = None
+        self._ran.add(index)
+        self._order_of(self._entry).take(index)
         if index in self._swapped:
-            self._advance(index)
             slot = self._slot_with(index) or self._fetch(index)
             use = Use(self._packs[index], slot)
             slot.uses.add(use)
@@ -314,7 +327,7 @@ class BlockSwap:
                 use.slot.uses.discard(use)
                 raise
             use.pack.point(use.slot.views[index][1])
-        if self.watch.timer is not None and index not in self._embeddings.values():
+        if self.watch.timer is not None and index not in self._leading:
             self.watch.timer.block_begins()
         return use
 
@@ -323,8 +336,6 @@ class BlockSwap:
 
         Releasing twice is harmless, also when the slot has another user by then.
         """
-        if self.watch.timer is not None:
-            self.watch.timer.block_ends()
         if use is None or use not in use.slot.uses:
             return
         use.slot.uses.remove(use)
@@ -334,14 +345,12 @@ class BlockSwap:
 
     # -- the order of copies -----------------------------------------------------------------
 
-    def _advance(self, index: int) -> None:
-        self._trace.append(index)
-        count = len(self._order)
-        for step in range(count):
-            position = (self._cursor + step) % count
-            if self._order[position] == index:
-                self._cursor = position + 1
-                return
+    def _order_of(self, entry: str) -> BlockOrder:
+        """The order of passes that begin with ``entry``; at first that of the blocks it holds."""
+        if entry not in self._orders:
+            held = [i for i, names in enumerate(self._calls) if _holds(entry, names[0])]
+            self._orders[entry] = BlockOrder(sorted(held, key=lambda i: i not in self._leading))
+        return self._orders[entry]
 
     def _prefetch(self) -> None:
         """Queue the copies of the next swapped blocks into the slots that are free for them."""
@@ -357,8 +366,10 @@ class BlockSwap:
 
     def _upcoming(self, number: int) -> list[int]:
         """The next ``number`` swapped blocks, across the end of the pass."""
-        count = len(self._order)
-        return [self._order[(self._cursor + step) % count] for step in range(min(number, count))]
+        after = self._order_of(self._follows.get(self._entry, self._entry))
+        if self._depth == 0:
+            return after.upcoming(number, self._swapped)
+        return self._order_of(self._entry).upcoming(number, self._swapped, then=after)
 
     def _slot_with(self, index: int) -> Slot | None:
         return next((slot for slot in self._slots if slot.block == index), None)
@@ -405,13 +416,43 @@ class BlockSwap:
         return slot
 
 
+def _weakly(method: Callable, *args) -> Wrap:
+    """``method`` with ``args``, to be given a call: the object that it is of is not held."""
+    reference = weakref.WeakMethod(method)
+    return lambda call: reference()(*args, call)
+
+
+def _holds(path: str, name: str) -> bool:
+    """Whether the module at ``path`` holds the one called ``name``, or is it."""
+    return not path or name == path or name.startswith(f"{path}.")
+
+
+def _holders(model: torch.nn.Module, names: Iterable[str]) -> dict[str, set[str]]:
+    """The modules that hold those called ``names`` and can be called themselves, by their names.
+
+    For each the names of those children whose calls, or loops over them, are parts of its pass.
+    """
+    holders: dict[str, set[str]] = {}
+    wanted = set(names)
+    for name in wanted:
+        keys = name.split(".")
+        for depth in range(len(keys)):
+            path, child = ".".join(keys[:depth]), ".".join(keys[: depth + 1])
+            if path in wanted or not has_forward(model.get_submodule(path)):
+                continue
+            children = holders.setdefault(path, set())
+            if child in wanted or not has_forward(model.get_submodule(child)):
+                children.add(keys[depth])
+    return dict(sorted(holders.items()))
+
+
 def _hide_from_dynamo() -> None:
     """Keep ``torch.compile`` from tracing into the swap; blocks are compiled one by one.
 
     Only where something has imported it already: that takes seconds.
     """
     dynamo = sys.modules.get("torch._dynamo")
-    for name in ("acquire", "release", "_open", "_close"):
+    for name in ("enter_block", "leave_block", "_open", "_close"):
         method = vars(BlockSwap)[name]
         if dynamo is not None and not hasattr(method, "_torchdynamo_disable"):
             setattr(BlockSwap, name, dynamo.disable(method))
@@ -434,8 +475,3 @@ def _records_cuda_graphs() -> bool:
     """Whether ``torch.compile`` has made CUDA graphs in this process."""
     trees = sys.modules.get("torch._inductor.cudagraph_trees")
     return bool(getattr(getattr(trees, "local", None), "tree_manager_containers", None))
-
-
-def _is_subsequence(part: Sequence[int], whole: Sequence[int]) -> bool:
-    rest = iter(whole)
-    return all(item in rest for item in part)
