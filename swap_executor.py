@@ -17,7 +17,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 import torch
 
 from . import device_utils
-from .block_order import BlockOrder
+from .block_order import BlockOrders
 from .device_utils import running_on, synchronize
 from .donor_link import Links, Slot, Use
 from .module_calls import CallSite, Wrap, entry_methods, has_forward, methods_called_by
@@ -61,9 +61,7 @@ class BlockSwap:
         self._slots: list[Slot] = []
         self.links = Links(compute_device, locks)
         self._swapped: frozenset[int] = frozenset()
-        self._orders: dict[str, BlockOrder] = {}  # by what is called
-        self._follows: dict[str, str] = {}  # what was called after it
-        self._entry = ""  # what was called last
+        self._order = BlockOrders(functools.partial(_blocks_of, self._calls, self._leading))
         self._sites: list[CallSite] = []
         self._ran: set[int] = set()
         self._running: dict[int, Use | None] = {}  # blocks whose calls have not returned
@@ -235,7 +233,6 @@ class BlockSwap:
             return False
         self._release_slots()
         self.watch.drop_timer()
-        self._order_of(self._entry).begin()
         if not self.on_missing(missing):
             self.watch.report_missing(missing)
             return False
@@ -243,6 +240,7 @@ class BlockSwap:
         traceback.clear_frames(error.__traceback__)
         error.__traceback__ = error.__context__ = None
         self.watch.restart()
+        self._order.restart()
         return True
 
     @contextmanager
@@ -270,8 +268,7 @@ class BlockSwap:
             self.allocate_slots()
             # What is called beside the model itself takes no time worth knowing.
             self.watch.begin(shape if entry == "" else None)
-            self._follows[self._entry], self._entry = entry, entry
-            self._order_of(entry).begin()
+            self._order.begin(entry)
             for site in self._sites:
                 site.follow()
             self._inside = inside.pop_all()
@@ -281,8 +278,8 @@ class BlockSwap:
             self.watch.end(completed)
             self._release_slots()
             self.watch.report_peak(completed)
+            self._order.end(completed)
             if completed:
-                self._order_of(self._entry).end()
                 self._prefetch()
 
     def _release_slots(self) -> None:
@@ -312,7 +309,7 @@ class BlockSwap:
         """
         use = None
         self._ran.add(index)
-        self._order_of(self._entry).take(index)
+        self._order.take(index)
         if index in self._swapped:
             slot = self._slot_with(index) or self._fetch(index)
             use = Use(self._packs[index], slot)
@@ -345,13 +342,6 @@ class BlockSwap:
 
     # -- the order of copies -----------------------------------------------------------------
 
-    def _order_of(self, entry: str) -> BlockOrder:
-        """The order of passes that begin with ``entry``; at first that of the blocks it holds."""
-        if entry not in self._orders:
-            held = [i for i, names in enumerate(self._calls) if _holds(entry, names[0])]
-            self._orders[entry] = BlockOrder(sorted(held, key=lambda i: i not in self._leading))
-        return self._orders[entry]
-
     def _prefetch(self) -> None:
         """Queue the copies of the next swapped blocks into the slots that are free for them."""
         upcoming = self._upcoming(sum(not slot.uses for slot in self._slots))
@@ -366,10 +356,7 @@ class BlockSwap:
 
     def _upcoming(self, number: int) -> list[int]:
         """The next ``number`` swapped blocks, across the end of the pass."""
-        after = self._order_of(self._follows.get(self._entry, self._entry))
-        if self._depth == 0:
-            return after.upcoming(number, self._swapped)
-        return self._order_of(self._entry).upcoming(number, self._swapped, then=after)
+        return self._order.upcoming(number, self._swapped)
 
     def _slot_with(self, index: int) -> Slot | None:
         return next((slot for slot in self._slots if slot.block == index), None)
@@ -420,6 +407,12 @@ def _weakly(method: Callable, *args) -> Wrap:
     """``method`` with ``args``, to be given a call: the object that it is of is not held."""
     reference = weakref.WeakMethod(method)
     return lambda call: reference()(*args, call)
+
+
+def _blocks_of(calls: Sequence[Sequence[str]], leading: Collection[int], entry: str) -> list[int]:
+    """The blocks that the module ``entry`` holds, in the order that is likely."""
+    held = [index for index, names in enumerate(calls) if _holds(entry, names[0])]
+    return sorted(held, key=lambda index: index not in leading)
 
 
 def _holds(path: str, name: str) -> bool:
