@@ -73,7 +73,7 @@ class BlockOrders:
             seen.add(last)
             kind, first = self._follows[last]
             order = self._of(kind).order
-            blocks = order[order.index(first) :] if first in order else [first]
+            blocks = order if first in order else [first]  # it may have left out the first
             yield from blocks
             last = blocks[-1]
 

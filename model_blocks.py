@@ -46,22 +46,32 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class ModelParts:
-    """The parts of a model: ``blocks`` in the order in which they are likely to run."""
+    """The parts of a model: ``blocks`` in the order in which they are likely to run.
+
+    ``tables`` are large tables of vectors that are looked up by the number of a token, of which a
+    pass needs a few rows.
+    """
 
     blocks: tuple[Part, ...]
     embeddings: tuple[Part, ...]
+    tables: tuple[Part, ...]
 
     @property
     def all(self) -> tuple[Part, ...]:
-        """The blocks, then the embeddings."""
-        return self.blocks + self.embeddings
+        """The blocks, then the embeddings, then the tables."""
+        return self.blocks + self.embeddings + self.tables
 
     def non_block(self, root: torch.nn.Module) -> set[int]:
-        """The ids of the tensors of ``root`` that belong to no part, or are tied across parts."""
-        owners = Counter(
-            tensor for part in self.all for tensor in {id(t) for t in tensors_of(part.module)}
-        )
-        return {id(tensor) for tensor in tensors_of(root) if owners[id(tensor)] != 1}
+        """The ids of the tensors of ``root`` that belong to no part, or are tied to others."""
+        parts = [(id(m), part.name) for part in self.all for m in part.module.modules()]
+        shared = {module for module, count in Counter(m for m, _ in parts).items() if count > 1}
+        owners = dict(parts)
+        holders: dict[int, set[str | None]] = {}
+        for module in root.modules():
+            owner = None if id(module) in shared else owners.get(id(module))
+            for tensor in tensors_of(module, recurse=False):
+                holders.setdefault(id(tensor), set()).add(owner)
+        return {tensor for tensor, names in holders.items() if len(names) > 1 or None in names}
 
 
 def root_of(model: torch.nn.Module) -> torch.nn.Module:
@@ -77,17 +87,26 @@ def has_blocks(root: torch.nn.Module) -> bool:
 
 def parts_of(root: torch.nn.Module) -> ModelParts:
     """The parts of a model; none where it has no lists that are worth it."""
+    whole = _nbytes(root)
     blocks, seen = [], set()
-    for name, module in _in_execution_order(list(_lists(root, "", _nbytes(root)))):
+    for name, module in _in_execution_order(list(_lists(root, "", whole))):
         if id(module) not in seen:  # one block in two places is one block
-            seen.add(id(module))
+            seen.update(map(id, module.modules()))
             blocks.append(_part(root, name, module))
     embeddings = [
         _part(root, name, child)
         for name, child in root.named_children()
         if blocks and name in EMBEDDINGS and seen.isdisjoint(map(id, child.modules()))
     ]
-    return ModelParts(tuple(blocks), tuple(embeddings))
+    tables = [
+        _part(root, name, module)
+        for name, module in root.named_modules()
+        if blocks
+        and isinstance(module, torch.nn.Embedding)
+        and id(module) not in seen
+        and _nbytes(module) >= REAL_SHARE * whole
+    ]
+    return ModelParts(tuple(blocks), tuple(embeddings), tuple(tables))
 
 
 def _in_execution_order(lists: Sequence[_Members]) -> Iterator[_Member]:
@@ -157,7 +176,7 @@ def modules_beside(model: torch.nn.Module) -> list[torch.nn.Module]:
     return [] if root is model else [c for c in model.children() if c is not root]
 
 
-def tensors_of(module: torch.nn.Module) -> Iterator[torch.Tensor]:
-    """Every parameter and buffer of a module."""
-    yield from module.parameters()
-    yield from module.buffers()
+def tensors_of(module: torch.nn.Module, recurse: bool = True) -> Iterator[torch.Tensor]:
+    """Every parameter and buffer of a module, and of those in it unless not to ``recurse``."""
+    yield from module.parameters(recurse)
+    yield from module.buffers(recurse)

@@ -11,8 +11,8 @@ import logging
 import sys
 import traceback
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
 
@@ -20,10 +20,11 @@ from . import device_utils
 from .block_order import BlockOrders
 from .device_utils import running_on, synchronize
 from .donor_link import Links, Slot, Use
-from .module_calls import CallSite, Wrap, entry_methods, has_forward, methods_called_by
+from .module_calls import CallSite
 from .packed_weights import Pack, ordinary_tensors
 from .page_locks import PageLocks
 from .pass_watch import PassWatch
+from .swap_hooks import drive, holds
 
 logger = logging.getLogger("MultiGPU")
 
@@ -33,8 +34,9 @@ class BlockSwap:
 
     ``packs`` holds one ``Pack`` per block, ``calls`` the names of the modules whose calls want it,
     and ``leading`` the indices of those that run before the blocks proper; both are in the order
-    that is likely until a pass has shown it. ``beside`` are packs that are not swapped. ``update``
-    and ``allocate_slots`` come before the first pass.
+    that is likely until a pass has shown it. ``tables`` are packs of which a pass needs a few rows,
+    by the names of the modules that look them up; ``beside`` are others that are not swapped.
+    ``update`` and ``allocate_slots`` come before the first pass.
 
     The model's own forward drives the swap: a block is brought in when it is called, and kept until
     another one is called or the pass ends. A pass is the outermost call of whatever holds blocks.
@@ -48,6 +50,7 @@ class BlockSwap:
         packs: Sequence[Pack],
         calls: Sequence[Sequence[str]],
         leading: Collection[int] = (),
+        tables: Mapping[str, Pack] | None = None,
         locks: PageLocks | None = None,
         beside: Sequence[Pack] = (),
     ):
@@ -56,12 +59,13 @@ class BlockSwap:
         self._packs = tuple(packs)
         # Lives as long as copies may be on their way: what dies unlocks its homes, after those.
         self._beside = tuple(beside)
-        self._calls = tuple(tuple(names) for names in calls)
+        self.calls = tuple(tuple(names) for names in calls)
         self._leading = frozenset(leading)
+        self.tables = dict(tables or {})
         self._slots: list[Slot] = []
         self.links = Links(compute_device, locks)
         self._swapped: frozenset[int] = frozenset()
-        self._order = BlockOrders(functools.partial(_blocks_of, self._calls, self._leading))
+        self._order = BlockOrders(functools.partial(_blocks_of, self.calls, self._leading))
         self._sites: list[CallSite] = []
         self._ran: set[int] = set()
         self._running: dict[int, Use | None] = {}  # blocks whose calls have not returned
@@ -149,81 +153,11 @@ class BlockSwap:
     # -- a pass ------------------------------------------------------------------------------
 
     def drive(self, model: torch.nn.Module) -> Callable[[], None]:
-        """Let ``model`` run through this swap; returns the function that undoes it.
-
-        Hooks are on instances, and hold them weakly: a model that nobody else holds dies.
-        """
-        _hide_from_dynamo()
-        driving = [True]
-        above = _holders(model, [name for names in self._calls for name in names])
-        self._sites = []
-        for index, names in enumerate(self._calls):
-            wrap = _weakly(self._wanting, index, driving)
-            for name in names:
-                module = model.get_submodule(name)
-                holders = {type(model.get_submodule(path)) for path in above if _holds(path, name)}
-                methods = methods_called_by(holders, type(module))
-                self._sites.append(CallSite(model, name, methods, wrap))
-        entries: list[CallSite] = []
-
-        def may_repeat() -> bool:
-            """Whether all of it is the model's own code: others may keep state across passes."""
-            return all(site.is_plain for site in entries)
-
-        for path, children in above.items():
-            wrap = _weakly(self._opening, path, driving, may_repeat)
-            methods = entry_methods(type(model.get_submodule(path)), children)
-            entries.append(CallSite(model, path, methods, wrap))
-        sites = [*self._sites, *entries]
-
-        def undo() -> None:
-            # An entry that others have kept to put back later only calls what it replaced.
-            driving.clear()
-            for site in sites:
-                site.detach()
-
+        """Let ``model`` run through this swap; returns the function that undoes it."""
+        undo, self._sites = drive(self, model)
         return undo
 
-    def _wanting(self, index: int, driving: list[bool], call: Callable) -> Callable:
-        """``call``, which wants block ``index``."""
-
-        @functools.wraps(call)
-        def wanting(*args, **kwargs):
-            if not driving or index in self._running:
-                return call(*args, **kwargs)
-            with nullcontext() if self._depth else self.forward_pass(self._calls[index][0]):
-                self.enter_block(index)
-                try:
-                    return call(*args, **kwargs)
-                finally:
-                    self.leave_block(index)
-
-        return wanting
-
-    def _opening(
-        self, entry: str, driving: list[bool], may_repeat: Callable[[], bool], call: Callable
-    ) -> Callable:
-        """``call`` as a pass, which runs again where it runs out of memory and room is made."""
-
-        @functools.wraps(call)
-        def opening(*args, **kwargs):
-            if not driving:
-                return call(*args, **kwargs)
-            tensors = (a for a in (*args, kwargs.get("x")) if isinstance(a, torch.Tensor))
-            shape = next((tensor.shape for tensor in tensors), None)
-            while True:
-                try:
-                    with self.forward_pass(entry, shape):
-                        return call(*args, **kwargs)
-                except Exception as error:
-                    # What the method computes is a function of its inputs: it can run again.
-                    repeat = may_repeat() and not _keeps_state(args, kwargs, self._depth == 0)
-                    if not self._find_room(error, repeat):
-                        raise
-
-        return opening
-
-    def _find_room(self, error: Exception, may_repeat: bool) -> bool:
+    def find_room(self, error: Exception, may_repeat: bool) -> bool:
         """Whether ``error`` is the allocator's and room was made: what failed may run again."""
         missing = device_utils.missing_memory(error)
         if missing is None or self.on_missing is None:
@@ -288,6 +222,15 @@ class BlockSwap:
         for slot in self._slots:
             for use in list(slot.uses):
                 self.release(use)
+
+    @property
+    def in_pass(self) -> bool:
+        """Whether a pass runs."""
+        return self._depth > 0
+
+    def is_running(self, index: int) -> bool:
+        """Whether block ``index`` has been called, and has not returned."""
+        return index in self._running
 
     def enter_block(self, index: int) -> None:
         """Block ``index`` is called: bring it in, and let go of those whose calls have returned."""
@@ -403,65 +346,10 @@ class BlockSwap:
         return slot
 
 
-def _weakly(method: Callable, *args) -> Wrap:
-    """``method`` with ``args``, to be given a call: the object that it is of is not held."""
-    reference = weakref.WeakMethod(method)
-    return lambda call: reference()(*args, call)
-
-
 def _blocks_of(calls: Sequence[Sequence[str]], leading: Collection[int], entry: str) -> list[int]:
     """The blocks that the module ``entry`` holds, in the order that is likely."""
-    held = [index for index, names in enumerate(calls) if _holds(entry, names[0])]
+    held = [index for index, names in enumerate(calls) if holds(entry, names[0])]
     return sorted(held, key=lambda index: index not in leading)
-
-
-def _holds(path: str, name: str) -> bool:
-    """Whether the module at ``path`` holds the one called ``name``, or is it."""
-    return not path or name == path or name.startswith(f"{path}.")
-
-
-def _holders(model: torch.nn.Module, names: Iterable[str]) -> dict[str, set[str]]:
-    """The modules that hold those called ``names`` and can be called themselves, by their names.
-
-    For each the names of those children whose calls, or loops over them, are parts of its pass.
-    """
-    holders: dict[str, set[str]] = {}
-    wanted = set(names)
-    for name in wanted:
-        keys = name.split(".")
-        for depth in range(len(keys)):
-            path, child = ".".join(keys[:depth]), ".".join(keys[: depth + 1])
-            if path in wanted or not has_forward(model.get_submodule(path)):
-                continue
-            children = holders.setdefault(path, set())
-            if child in wanted or not has_forward(model.get_submodule(child)):
-                children.add(keys[depth])
-    return dict(sorted(holders.items()))
-
-
-def _hide_from_dynamo() -> None:
-    """Keep ``torch.compile`` from tracing into the swap; blocks are compiled one by one.
-
-    Only where something has imported it already: that takes seconds.
-    """
-    dynamo = sys.modules.get("torch._dynamo")
-    for name in ("enter_block", "leave_block", "_open", "_close"):
-        method = vars(BlockSwap)[name]
-        if dynamo is not None and not hasattr(method, "_torchdynamo_disable"):
-            setattr(BlockSwap, name, dynamo.disable(method))
-
-
-def _keeps_state(args: tuple, kwargs: dict, outermost: bool) -> bool:
-    """Whether a call writes into what it is given, or into what others wrap it with.
-
-    Autoregressive models fill caches, a dictionary for every block, as they go; what wraps a
-    forward (ComfyUI's ``wrappers``: EasyCache and the like) counts the outermost calls.
-    """
-    options = kwargs.get("transformer_options") or {}
-    caches = (a for a in (*args, *kwargs.values()) if isinstance(a, (list, tuple)))
-    if any(isinstance(entry, dict) for cache in caches for entry in cache):
-        return True
-    return "ar_state" in options or (outermost and bool(options.get("wrappers")))
 
 
 def _records_cuda_graphs() -> bool:
