@@ -6,13 +6,14 @@ the same input always gives the same split.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from fractions import Fraction
-from itertools import combinations
 
 from .allocation_parser import CPU, Allocation, Mode, Quota
+from .pass_schedule import Timing, assumed_timing, predict, transfer_seconds
 from .split import ModelSizes, Split, format_bytes
+from .swap_choice import Choice, Room, choices, compute_bytes
 
 
 def plan_split(
@@ -20,27 +21,59 @@ def plan_split(
     sizes: ModelSizes,
     device_memory: Mapping[str, int],
     spare: Mapping[str, int] | None = None,
+    timing: Timing | None = None,
 ) -> Split:
     """Decide the home of every block and embedding.
 
     Quotas are filled in the order written and never exceeded, except for the wildcard's and
     except that the compute device always gets the floor: non-block weights and slots.
     ``device_memory`` maps device names to their total bytes, ``spare`` those whose amount is
-    ``auto`` to the bytes that they have for weights.
+    ``auto`` to the bytes that they have for weights. ``timing``, where it is known, decides between
+    large slots and small ones for blocks of different sizes.
     """
     quotas = allocation.quotas(sizes.total_bytes, device_memory, spare)
     compute = allocation.compute_device
     if compute == CPU:
         return Split(allocation, sizes, quotas, (CPU,) * len(sizes.parts), slots=0)
-    room = _Room.of(allocation, quotas)
-    swapped, slots = _choose_swapped(sizes, room)
-    homes = _choose_donors(sizes, swapped, [q for q in quotas if q.device != compute])
-    _fill_owed(sizes, homes, slots, room)
-    slots = min(slots, len(homes))
-    homes_by_index = tuple(homes.get(i, compute) for i in range(len(sizes.parts)))
-    split = Split(allocation, sizes, quotas, homes_by_index, slots)
+    room = Room.of(allocation, quotas)
+    split = _best_split(Split(allocation, sizes, quotas, (), slots=0), room, timing)
     notes = (*_floor_note(split, room), *_overflow_note(split), *_memory_note(split, device_memory))
-    return Split(allocation, sizes, quotas, homes_by_index, slots, notes)
+    return replace(split, notes=notes)
+
+
+def replan_split(split: Split, timing: Timing) -> Split:
+    """The split that is best by ``timing``, with no more on the compute device than ``split``."""
+    room = Room.of(split.allocation, split.quotas)
+    room = replace(room, compute_bytes=split.compute_bytes, given=True)
+    return _best_split(split, room, timing)
+
+
+def _best_split(frame: Split, room: Room, timing: Timing | None) -> Split:
+    """``frame`` with the homes and slots that take the least time; some, if not more than one.
+
+    Without ``timing``, by the sum of what a pass takes where it computes for as long as its weights
+    are copied, and of what it takes where it hardly computes at all.
+    """
+    splits = [_placed(frame, choice, room) for choice in choices(frame.sizes, room)]
+    if len(splits) == 1:
+        return splits[0]
+    if timing is not None:
+        return min(splits, key=lambda split: predict(split, timing))
+    assumed = assumed_timing(frame.sizes)
+    return min(splits, key=lambda s: predict(s, assumed) + transfer_seconds(s, assumed))
+
+
+def _placed(frame: Split, choice: Choice, room: Room) -> Split:
+    """``frame`` with the swapped parts of ``choice`` on its donors."""
+    sizes, compute = frame.sizes, frame.compute_device
+    donors = [quota for quota in frame.quotas if quota.device != compute]
+    homes = _choose_donors(sizes, choice.swapped, donors)
+    _fill_owed(sizes, homes, choice.slots, room)
+    # No more than take turns, though what never runs needs some to be called in.
+    running = sum(index not in sizes.idle for index in homes)
+    slots = min(choice.slots, max(running, min(sizes.min_slots, len(homes))))
+    homes_by_index = tuple(homes.get(i, compute) for i in range(len(sizes.parts)))
+    return replace(frame, homes=homes_by_index, slots=slots, notes=())
 
 
 def refit_split(split: Split, wanted: Split) -> Split:
@@ -94,132 +127,6 @@ def donor_with_room(split: Split, nbytes: int) -> str | None:
     return None
 
 
-@dataclass(frozen=True)
-class _Room:
-    """What bounds the choice of swapped blocks.
-
-    ``compute_bytes``: the compute device's quota, ``None`` without limit. ``given``: whether there
-    is such a quota, and ``firm``: whether the user wrote that number. ``owed``: the donors that are
-    filled before the compute device gets anything.
-    """
-
-    compute_bytes: int | None
-    given: bool
-    firm: bool
-    owed: tuple[Quota, ...]
-
-    @classmethod
-    def of(cls, allocation: Allocation, quotas: Sequence[Quota]) -> _Room:
-        named = [quota.device for quota in quotas]
-        if allocation.compute_device not in named:
-            return cls(0, given=False, firm=False, owed=())
-        position = named.index(allocation.compute_device)
-        quota = quotas[position]
-        # A wildcard is served last, wherever it is written.
-        before = quotas if quota.wildcard else quotas[:position]
-        owed = tuple(q for q in before if q.device != quota.device and q.nbytes is not None)
-        limit = None if quota.wildcard else quota.nbytes
-        firm = allocation.mode is not Mode.VIRTUAL_VRAM
-        return cls(limit, given=True, firm=firm, owed=owed)
-
-    def holds(self, nbytes: int) -> bool:
-        return self.compute_bytes is None or nbytes <= self.compute_bytes
-
-
-def _choose_swapped(sizes: ModelSizes, room: _Room) -> tuple[tuple[int, ...], int]:
-    """The swapped parts and the number of slots.
-
-    With swapped blocks evenly spread, a step costs max(compute, transfer) exactly if block j can
-    be placed in a window of (slots - 1) * L / N - 1 blocks: two slots give every window an integer
-    while at most half of the L blocks (or all of them) are swapped, three slots always do. Every
-    block that the forward holds beside the one that its loop is at takes one slot more.
-
-    One slot does not overlap, which costs more than moving embeddings: they go first.
-    """
-    count = len(sizes.blocks)
-    owed = _count_owed(sizes, room.owed)
-    two, three = sizes.min_slots + 1, sizes.min_slots + 2
-    if owed == 0 and room.holds(sizes.total_bytes):
-        return (), two
-    for slots in (two, sizes.min_slots):
-        for embeddings in _embedding_choices(sizes):
-            swapped = _fewest_swapped(sizes, room, slots, owed, embeddings)
-            if swapped is None:
-                continue
-            if slots == two and not embeddings and count < 2 * len(swapped) < 2 * count:
-                more = _fewest_swapped(sizes, room, three, owed, embeddings)
-                if more is not None:
-                    return more, three
-            return swapped, slots
-    slots = sizes.min_slots if room.firm else two
-    blocks = tuple(range(count))
-    if not room.given:
-        return blocks, slots
-    choices = [blocks + embeddings for embeddings in _embedding_choices(sizes)]
-    return min(choices, key=lambda swapped: _compute_bytes(sizes, swapped, slots)), slots
-
-
-def _embedding_choices(sizes: ModelSizes) -> Iterator[tuple[int, ...]]:
-    """Which embeddings to swap: none first, then those that move the fewest bytes."""
-    first, last = len(sizes.blocks), len(sizes.parts)
-    choices = [
-        choice
-        for number in range(last - first + 1)
-        for choice in combinations(range(first, last), number)
-    ]
-    yield from sorted(choices, key=lambda choice: sum(sizes.parts[i].nbytes for i in choice))
-
-
-def _fewest_swapped(
-    sizes: ModelSizes, room: _Room, slots: int, owed: int, embeddings: tuple[int, ...]
-) -> tuple[int, ...] | None:
-    """``embeddings`` and the fewest blocks, at least ``owed``, that leave the rest room."""
-    count = len(sizes.blocks)
-    for number in range(max(owed, 1), count + 1):
-        swapped = spread(number, count)
-        if room.holds(_compute_bytes(sizes, swapped + embeddings, slots)):
-            break
-    else:
-        return None
-    if number > owed:
-        # Blocks of different sizes can leave room for one more: keep it resident.
-        for index in sorted(swapped, key=lambda i: -sizes.blocks[i].nbytes):
-            fewer = tuple(i for i in swapped if i != index)
-            needed = _compute_bytes(sizes, fewer + embeddings, slots)
-            if len(fewer) >= owed and room.holds(needed):
-                swapped = fewer
-    return swapped + embeddings
-
-
-def _compute_bytes(sizes: ModelSizes, swapped: tuple[int, ...], slots: int) -> int:
-    away = [sizes.parts[i].nbytes for i in swapped]
-    return sizes.total_bytes - sum(away) + min(slots, len(away)) * max(away, default=0)
-
-
-def spread(number: int, count: int) -> tuple[int, ...]:
-    """``number`` of ``count`` positions, evenly spread, each as late as its share allows.
-
-    Late, because then the copies of a first pass have resident blocks to hide behind.
-    """
-    return tuple(-(-(j + 1) * count // number) - 1 for j in range(number))
-
-
-def _count_owed(sizes: ModelSizes, owed: tuple[Quota, ...]) -> int:
-    """How many evenly spread blocks fit in the quotas ``owed``, filled one after another."""
-    count = len(sizes.blocks)
-    for number in range(count, 0, -1):
-        left = [quota.nbytes or 0 for quota in owed]
-        for index in spread(number, count):
-            nbytes = sizes.blocks[index].nbytes
-            fitting = next((k for k, room in enumerate(left) if room >= nbytes), None)
-            if fitting is None:
-                break
-            left[fitting] -= nbytes
-        else:
-            return number
-    return 0
-
-
 def _choose_donors(
     sizes: ModelSizes, swapped: tuple[int, ...], donors: Sequence[Quota]
 ) -> dict[int, str]:
@@ -262,7 +169,7 @@ def _choose_donors(
     return homes
 
 
-def _fill_owed(sizes: ModelSizes, homes: dict[int, str], slots: int, room: _Room) -> None:
+def _fill_owed(sizes: ModelSizes, homes: dict[int, str], slots: int, room: Room) -> None:
     """Blocks of different sizes can leave room on donors that come before the compute device."""
     for quota in room.owed:
         placed = (sizes.parts[i].nbytes for i, home in homes.items() if home == quota.device)
@@ -271,7 +178,7 @@ def _fill_owed(sizes: ModelSizes, homes: dict[int, str], slots: int, room: _Room
             more = (*homes, index)
             if index in homes or block.nbytes > left:
                 continue
-            if room.holds(_compute_bytes(sizes, more, slots)):
+            if room.holds(compute_bytes(sizes, more, slots)):
                 homes[index] = quota.device
                 left -= block.nbytes
 
@@ -291,7 +198,7 @@ def _donor_shares(sizes: Sequence[int], donors: Sequence[Quota]) -> dict[str, in
     return shares
 
 
-def _floor_note(split: Split, room: _Room) -> tuple[str, ...]:
+def _floor_note(split: Split, room: Room) -> tuple[str, ...]:
     named = any(quota.device == split.compute_device for quota in split.quotas)
     if not named or room.holds(split.compute_bytes):
         return ()

@@ -7,99 +7,23 @@ no time. Nothing is measured or moved here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 
 from .allocation_parser import GIB, MIB, Allocation, Entry, Mode
+from .pass_schedule import ASSUMED_BANDWIDTH, Timing, assumed_timing, predict, transfer_seconds
 from .split import Split
 from .split_planner import donor_with_room, plan_split
-
-# Passes until the schedule repeats; the order of copies goes on from one pass to the next.
-WARM_UP = 4
-MEASURED = 2
 
 # As a share of a pass: less is not worth moving a block for, more is not free.
 WORTH = 0.02
 FREE = 0.02
 
-# A link that nobody has timed yet: PCIe 4.0 with eight lanes, in bytes per second.
-ASSUMED_BANDWIDTH = 12e9
-
-
-@dataclass(frozen=True)
-class Timing:
-    """What a timed forward pass has shown, in seconds; waiting for copies is counted nowhere.
-
-    ``compute`` is what the blocks take, ``before`` and ``after`` what the forward does before the
-    first and behind the last of them, ``between`` the pause until the next pass begins.
-    ``bandwidth`` is that of the link from each donor, in bytes a second.
-    """
-
-    compute: float
-    bandwidth: Mapping[str, float]
-    before: float = 0.0
-    after: float = 0.0
-    between: float = 0.0
-
-    @property
-    def resident(self) -> float:
-        """Seconds of a pass with everything resident."""
-        return self.before + self.compute + self.after
-
-    def transfer(self, donor: str, nbytes: int) -> float:
-        """Seconds that ``nbytes`` from ``donor`` are under way."""
-        return nbytes / self.bandwidth.get(donor, ASSUMED_BANDWIDTH)
-
 
 def transfer_line(split: Split) -> str:
     """For the table, before any pass was timed: how long the copies of a pass take."""
-    devices = {split.homes[i] for i in split.swapped}
-    nbytes = {donor: split.bytes_per_pass and split.bytes_on(donor) for donor in devices}
-    seconds = max(nbytes.values(), default=0) / ASSUMED_BANDWIDTH
+    seconds = transfer_seconds(split, assumed_timing(split.sizes))
     return f"  that takes {seconds:.3g} s at {ASSUMED_BANDWIDTH / 1e9:.0f} GB/s (assumed)"
-
-
-def predict(split: Split, timing: Timing) -> float:
-    """Seconds of a forward pass in the steady state, the pause between passes not counted.
-
-    Blocks compute for equal shares of ``timing.compute``, swapped embeddings for equal shares of
-    ``timing.before``. Copies of one link queue up behind each other; each waits until its slot is
-    free, each block for its copy.
-    """
-    blocks = len(split.sizes.blocks)
-    if len(split.swapped) <= split.slots:
-        return timing.resident
-    share = timing.compute / blocks
-    order = [*range(blocks, len(split.sizes.parts)), *range(blocks)]
-    copies = {
-        i: (split.homes[i], timing.transfer(split.homes[i], split.sizes.parts[i].nbytes))
-        for i in split.swapped
-    }
-    link_free = dict.fromkeys(split.homes, 0.0)
-    # In the order in which they are taken. What the forward holds beside the block that its loop is
-    # at keeps a slot each.
-    slot_free = [0.0] * max(1, split.slots - split.sizes.min_slots + 1)
-    leading = [i for i in order if i >= blocks and i in copies]
-    shares = dict.fromkeys(leading, timing.before / max(1, len(leading)))
-    shares |= dict.fromkeys(range(blocks), share)
-    now, passes = 0.0, []
-    for _ in range(WARM_UP + MEASURED):
-        start = now
-        if not leading:
-            now += timing.before
-        for index in order:
-            if index in copies:
-                home, seconds = copies[index]
-                arrival = max(link_free[home], slot_free.pop(0)) + seconds
-                link_free[home] = arrival
-                now = max(now, arrival)
-            now += shares.get(index, 0.0)
-            if index in copies:
-                slot_free.append(now)
-        now += timing.after
-        passes.append(now - start)
-        now += timing.between
-    return sum(passes[-MEASURED:]) / MEASURED
 
 
 def improve(split: Split, timing: Timing) -> Split:
