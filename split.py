@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from .allocation_parser import GIB, MIB, Allocation, Quota
 
@@ -34,17 +35,17 @@ class ModelSizes:
     embeddings: tuple[Block, ...] = ()
     idle: frozenset[int] = frozenset()
 
-    @property
+    @cached_property
     def parts(self) -> tuple[Block, ...]:
         """All that has a home of its own: the blocks, then the embeddings."""
         return self.blocks + self.embeddings
 
-    @property
+    @cached_property
     def largest_block(self) -> int:
         """Bytes of the largest block."""
         return max(block.nbytes for block in self.blocks)
 
-    @property
+    @cached_property
     def total_bytes(self) -> int:
         """Bytes of all weights."""
         return self.non_block_bytes + sum(part.nbytes for part in self.parts)
@@ -70,17 +71,17 @@ class Split:
         """Where every block runs."""
         return self.allocation.compute_device
 
-    @property
+    @cached_property
     def swapped(self) -> tuple[int, ...]:
         """Indices of the parts whose home is a donor."""
         return tuple(i for i, home in enumerate(self.homes) if home != self.compute_device)
 
-    @property
+    @cached_property
     def running(self) -> tuple[int, ...]:
         """Of those, the ones that a pass runs."""
         return tuple(i for i in self.swapped if i not in self.sizes.idle)
 
-    @property
+    @cached_property
     def slot_bytes(self) -> int:
         """Bytes of one slot: the largest swapped part, whether it ever runs or not."""
         return max((self.sizes.parts[i].nbytes for i in self.swapped), default=0)

@@ -6,14 +6,19 @@ the same input always gives the same split.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
+from itertools import accumulate
 
 from .allocation_parser import CPU, Allocation, Mode, Quota
 from .pass_schedule import Timing, assumed_timing, predict, transfer_seconds
 from .split import ModelSizes, Split, format_bytes
 from .swap_choice import Choice, Room, choices, compute_bytes
+
+# As a share of a slot: what is smaller is not moved back for the room that is left.
+WORTH_RETURNING = 1 / 16
 
 
 def plan_split(
@@ -77,44 +82,96 @@ def _placed(frame: Split, choice: Choice, room: Room) -> Split:
 
 
 def refit_split(split: Split, wanted: Split) -> Split:
-    """``wanted`` with as few blocks moved from where ``split`` has them as its bytes allow.
+    """``wanted`` with as few bytes moved from where ``split`` has them as its bytes allow.
 
     Both are splits of one model by one allocation, for other amounts of memory. Blocks leave the
     compute device, or return to it, where that spreads the swapped ones most evenly. ``wanted``
     itself, where the embeddings move or the number of slots changes.
     """
-    sizes, compute, count = split.sizes, split.compute_device, len(split.sizes.blocks)
+    count = len(split.sizes.blocks)
     if split.homes[count:] != wanted.homes[count:] or split.slots != wanted.slots:
         return wanted
-    homes, limit = list(split.homes), wanted.compute_bytes
+    return fit_split(replace(wanted, homes=split.homes), wanted.compute_bytes) or wanted
 
-    def fitted() -> Split:
-        return replace(wanted, homes=tuple(homes))
 
-    def gaps(index: int) -> tuple[int, int]:
-        """Distances to the other swapped blocks before and behind, around the end of the pass."""
-        others = [i for i in range(count) if homes[i] != compute and i != index]
-        before = min(((index - i) % count for i in others), default=count)
-        return before, min(((i - index) % count for i in others), default=count)
+def fit_split(split: Split, limit: int) -> Split | None:
+    """``split`` with as few blocks moved as it takes for ``limit`` bytes on the compute device.
 
-    while fitted().compute_bytes > limit:
-        resident = [i for i in range(count) if homes[i] == compute]
-        if not resident:  # blocks of very different sizes: a slot is as large as the largest
-            return wanted
-        index = max(resident, key=lambda i: min(gaps(i)))
-        donor = donor_with_room(fitted(), sizes.blocks[index].nbytes)
+    Less than a block less, where one could return. Slots grow no larger; ``None`` where nothing
+    that fits them is left to be swapped, or no donor has room.
+    """
+    blocks, compute, slot = split.sizes.blocks, split.compute_device, split.slot_bytes
+    left: list[int] = []
+    while (missing := split.compute_bytes - limit) > 0:
+        may = [i for i, b in enumerate(blocks) if split.homes[i] == compute and b.nbytes <= slot]
+        # One that suffices or is a large part of that, so that few move.
+        enough = min(missing, max((blocks[i].nbytes for i in may), default=0)) / 2
+        may = [i for i in may if blocks[i].nbytes > enough]
+        if not may:
+            return None
+        index = most_apart(split, may)[0]
+        donor = donor_with_room(split, blocks[index].nbytes)
         if donor is None:
-            return wanted
-        homes[index] = donor
+            return None
+        left.append(index)
+        split = with_home(split, index, donor)
     while True:
-        swapped = [i for i in range(count) if homes[i] != compute]
-        if len(swapped) <= 1:
-            return fitted()
-        index = min(swapped, key=lambda i: sum(gaps(i)))
-        before, homes[index] = homes[index], compute
-        if fitted().compute_bytes > limit:
-            homes[index] = before
-            return fitted()
+        swapped = [i for i in left or split.swapped if i < len(blocks)]
+        fitting = _fitting_back(split, limit)
+        may = [i for i in swapped if i in fitting]
+        largest = max((blocks[i].nbytes for i in may), default=0)
+        if not largest > WORTH_RETURNING * slot or len(swapped) <= 1:
+            return split
+        may = [i for i in may if blocks[i].nbytes > largest / 2]
+        split = with_home(split, most_crowded(split, may)[0], compute)
+
+
+def with_home(split: Split, index: int, home: str) -> Split:
+    """``split`` with one part moved."""
+    return replace(split, homes=(*split.homes[:index], home, *split.homes[index + 1 :]))
+
+
+def most_apart(split: Split, blocks: Sequence[int]) -> list[int]:
+    """``blocks`` from the one that is farthest from any swapped one; first what never runs."""
+    gaps, idle = _gaps(split, blocks), split.sizes.idle
+    return sorted(blocks, key=lambda i: (i not in idle, -min(gaps[i])))
+
+
+def most_crowded(split: Split, blocks: Sequence[int]) -> list[int]:
+    """``blocks`` from the one that has others swapped next to it; last what never runs."""
+    gaps, idle = _gaps(split, blocks), split.sizes.idle
+    return sorted(blocks, key=lambda i: (i in idle, sum(gaps[i])))
+
+
+def _gaps(split: Split, blocks: Sequence[int]) -> dict[int, tuple[int, int]]:
+    """From each block to the other swapped ones before and behind, around the end of the pass.
+
+    In bytes of what runs, which stand for time.
+    """
+    sizes = split.sizes
+    counted = (0 if i in sizes.idle else block.nbytes for i, block in enumerate(sizes.blocks))
+    *starts, whole = accumulate(counted, initial=0)
+    swapped = [i for i in split.running if i < len(sizes.blocks)]
+    if not swapped or not whole:
+        return dict.fromkeys(blocks, (whole, whole))
+    gaps = {}
+    for index in blocks:
+        position = bisect_left(swapped, index)
+        behind = position + (position < len(swapped) and swapped[position] == index)
+        # Around the end: the last one comes before the first.
+        others = swapped[position - 1], swapped[behind % len(swapped)]
+        before, after = starts[index] - starts[others[0]], starts[others[1]] - starts[index]
+        gaps[index] = (before % whole or whole, after % whole or whole)
+    return gaps
+
+
+def _fitting_back(split: Split, limit: int) -> set[int]:
+    """The swapped parts that the compute device has room for; slots may get smaller by one."""
+    nbytes = {i: split.sizes.parts[i].nbytes for i in split.swapped}
+    largest, next_largest = (*sorted(nbytes.values(), reverse=True), 0, 0)[:2]
+    spare = limit - split.compute_bytes
+    smaller = split.slots * (largest - next_largest)
+    return {i for i, n in nbytes.items() if n - (smaller if n == largest else 0) <= spare}
 
 
 def donor_with_room(split: Split, nbytes: int) -> str | None:
@@ -146,7 +203,9 @@ def _choose_donors(
         candidates = candidates or [device for device in shares if fits(device, nbytes)]
         if not candidates:
             continue  # The compute device is the wildcard: what no donor can hold stays there.
-        home = min(candidates, key=lambda d: Fraction(used[d] + nbytes, shares[d] or 1))
+        home = candidates[0]
+        if len(candidates) > 1:
+            home = min(candidates, key=lambda d: Fraction(used[d] + nbytes, shares[d] or 1))
         homes[index] = home
         used[home] += nbytes
     # Rounding to whole blocks may leave room on a donor that comes first: fill it, from what comes

@@ -9,17 +9,17 @@ slots; which of them is best is a question of time.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property
-from itertools import chain, combinations, groupby
+from itertools import chain, combinations, groupby, zip_longest
 
 from .allocation_parser import Allocation, Mode, Quota
 from .split import ModelSizes
 
 # Of the sizes that slots may have, so many are looked at.
-SIZES = 4
+SIZES = 3
 
 # Blocks smaller than this share of a slot stay resident where they can: while one of them is in a
 # slot, nothing else is copied into it.
@@ -28,8 +28,11 @@ SMALL = 0.25
 # Embeddings of which every subset is looked at.
 FEW = 4
 
+# Of the largest block that may be swapped, where blocks are spread by their lengths.
+LENGTH = 1 << 12
+
 # Steps of the search for the fewest blocks that give the rest room, as a share of the largest.
-STEPS = 16
+STEPS = 4
 
 
 @dataclass(frozen=True)
@@ -107,24 +110,37 @@ def compute_bytes(sizes: ModelSizes, swapped: Iterable[int], slots: int) -> int:
     return sizes.total_bytes - sum(away) + min(slots, len(away)) * max(away, default=0)
 
 
-def spread(nbytes: Sequence[int], may: Sequence[bool], share: Fraction, ahead: int) -> list[int]:
-    """Indices of those of ``may`` that are swapped when ``share`` of all bytes is to be.
+def spread(lengths: Sequence[int], may: Sequence[bool], share: Fraction, ahead: int) -> list[int]:
+    """Indices of those of ``may`` that are swapped when ``share`` of all lengths is to be.
 
-    Evenly over the time of a pass, for which the bytes stand: while blocks compute the link gains
+    Lengths are bytes, in any unit, and stand for time as well: while blocks compute the link gains
     its share of them, and a block that it could have copied by then is swapped, as late as that, so
     that the copies of a first pass have resident blocks to hide behind. What could not be copied,
-    with ``ahead`` bytes under way, is lost. Of equal blocks, N of L are blocks
-    ceil(j * L / N) - 1 for j = 1 ... N.
+    with ``ahead`` under way, is lost. Of equal blocks, N of L are blocks ceil(j * L / N) - 1 for
+    j = 1 ... N.
     """
     gain, cost, most = share.numerator, share.denominator, ahead * share.denominator
     gained, chosen = 0, []
-    for index, size in enumerate(nbytes):
+    for index, size in enumerate(lengths):
         gained += size * gain
         if may[index] and gained >= size * cost:
             gained -= size * cost
             chosen.append(index)
-        gained = min(gained, most)
+        if gained > most:
+            gained = most
     return chosen
+
+
+def first_that(holds: Callable[[int], bool], start: int, stop: int) -> int:
+    """The first number from ``start`` on that ``holds``, or ``stop``; with few tries where near.
+
+    Where one holds, those behind it should: or else it is not the first.
+    """
+    below, number = start - 1, start
+    while number < stop and not holds(number):
+        below, number = number, min(stop, 2 * number - start + 1)
+    between = range(below + 1, number)
+    return below + 1 + bisect_left(between, True, key=holds)
 
 
 @dataclass(frozen=True)
@@ -168,12 +184,17 @@ class _Kind:
     @cached_property
     def steps(self) -> int:
         """Shares of all bytes that are tried, in steps of equal size; with the last, all go."""
-        return -(-STEPS * sum(self.nbytes) // self.largest)
+        return -(-STEPS * sum(self.lengths) // LENGTH)
+
+    @cached_property
+    def lengths(self) -> list[int]:
+        """``nbytes`` in small numbers, which are fast to count with."""
+        return [n and max(1, n * LENGTH // self.largest) for n in self.nbytes]
 
     def blocks(self, step: int) -> tuple[int, ...]:
         """The blocks that are swapped at a step."""
-        share = Fraction(step * self.largest, STEPS * max(1, sum(self.nbytes)))
-        return tuple(spread(self.nbytes, self.may, share, (self.slots + 1) * self.largest))
+        share = Fraction(step * LENGTH, STEPS * max(1, sum(self.lengths)))
+        return tuple(spread(self.lengths, self.may, share, (self.slots + 1) * LENGTH))
 
     def moved(self, blocks: tuple[int, ...]) -> int:
         """Bytes of these blocks."""
@@ -215,7 +236,14 @@ class _Kind:
             blocks = self.blocks(step)
             return bool(blocks) and self.fits(blocks)
 
-        step = bisect_left(range(self.steps), True, lo=self.owed_step, key=enough)
+        start = 0
+        if not self.room.holds(self.sizes.total_bytes):
+            # So many bytes have to go, with slots as large as can be.
+            always = [self.sizes.parts[i].nbytes for i in self.embeddings + self.unused]
+            slots = self.slots * max(self.largest, *always, 0)
+            missing = self.sizes.total_bytes - sum(always) + slots - self.room.compute_bytes
+            start = min(STEPS * missing // self.largest, self.steps)
+        step = first_that(enough, max(start, self.owed_step), self.steps)
         blocks = self.blocks(step)
         if step == self.owed_step:
             return blocks
@@ -238,21 +266,23 @@ class _Kind:
 
         Blocks of different sizes can leave room for one more.
         """
-        sizes, nbytes = self.sizes, {i: self.sizes.parts[i].nbytes for i in (*swapped, *always)}
+        nbytes = {i: self.sizes.parts[i].nbytes for i in (*swapped, *always)}
         order = sorted(swapped, key=lambda i: -nbytes[i])
-        left, resident = sum(nbytes[i] for i in swapped), sizes.total_bytes - sum(nbytes.values())
+        left, count = sum(nbytes[i] for i in swapped), len(nbytes)
+        resident = self.sizes.total_bytes - sum(nbytes.values())
         largest = max((nbytes[i] for i in always), default=0)
-        kept: list[int] = []
-        for position, index in enumerate(order):
-            first = (kept or order[position + 1 :] or [None])[0]
-            slot = max(largest, nbytes.get(first, 0))
-            count = len(kept) + len(order) - position - 1 + len(always)
-            needed = resident + nbytes[index] + min(self.slots, count) * slot
+        kept: set[int] = set()
+        for index, behind in zip_longest(order, order[1:]):
+            # In this order, the first that is kept is the largest.
+            slot = largest if kept or behind is None else max(largest, nbytes[behind])
+            needed = resident + nbytes[index] + min(self.slots, count - 1) * slot
             if left - nbytes[index] >= least and self.room.holds(needed):
-                left, resident = left - nbytes[index], resident + nbytes[index]
+                left, count = left - nbytes[index], count - 1
+                resident += nbytes[index]
             else:
-                kept.append(index)
-        return tuple(i for i in swapped if i in set(kept))
+                kept.add(index)
+                largest = max(largest, nbytes[index])
+        return tuple(i for i in swapped if i in kept)
 
 
 def _kinds(
@@ -293,16 +323,19 @@ def _reached(
 
 
 def _least(sizes: ModelSizes, room: Room) -> Choice:
-    """The least that the compute device can do with, where it has no room for that."""
+    """The least that the compute device can do with, where it has no room for anything else.
+
+    Without a quota that is every block, and with donors that are owed what they can hold, too.
+    """
     slots = sizes.min_slots if room.firm else sizes.min_slots + 1
-    blocks = tuple(i for i in range(len(sizes.blocks)) if i not in sizes.idle)
-    unused = tuple(sorted(sizes.idle))
-    if not room.given:
-        return Choice(blocks + unused, slots)
+    all_blocks = room.owed or not room.given
+    running = (b.nbytes for i, b in enumerate(sizes.blocks) if i not in sizes.idle)
+    lowest = max(running, default=0) if all_blocks else 0
     ways = [
         (needed, limit, embeddings)
-        for embeddings in _embedding_choices(sizes)
+        for embeddings in (_embedding_choices(sizes) if room.given else [()])
         for limit, _, needed in reversed(list(_reached(sizes, slots, embeddings)))
+        if limit >= lowest
     ]
     _, limit, embeddings = min(ways, key=lambda way: way[0])
     kind = _Kind(sizes, room, slots, embeddings, limit)
