@@ -55,14 +55,10 @@ class Timing:
         return [self.compute / (whole / share) if share else 0.0 for share in shares]
 
 
-def assumed_timing(sizes: ModelSizes) -> Timing:
-    """For choosing before any pass was timed: a block computes for as long as it is copied.
-
-    There, where copies are placed decides whether they cost time. (With much slower links only the
-    bytes count, with much faster ones nothing does.)
-    """
-    running = sum(b.nbytes for i, b in enumerate(sizes.blocks) if i not in sizes.idle)
-    return Timing(running / ASSUMED_BANDWIDTH, {})
+def assumed_timing(sizes: ModelSizes, ratio: float) -> Timing:
+    """Before any pass was timed: a block computes for ``ratio`` of the time that it is copied."""
+    running = sum(block.nbytes for i, block in enumerate(sizes.blocks) if i not in sizes.idle)
+    return Timing(ratio * running / ASSUMED_BANDWIDTH, {})
 
 
 def transfer_seconds(split: Split, timing: Timing) -> float:

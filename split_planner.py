@@ -13,9 +13,15 @@ from fractions import Fraction
 from itertools import accumulate
 
 from .allocation_parser import CPU, Allocation, Mode, Quota
-from .pass_schedule import Timing, assumed_timing, predict, transfer_seconds
+from .pass_schedule import Timing, assumed_timing, predict
 from .split import ModelSizes, Split, format_bytes
 from .swap_choice import Choice, Room, choices, compute_bytes
+
+# How long a block computes against how long it is copied, where no pass was timed yet: the sum of
+# the times decides. With 0 the fewest bytes are best. With 1 they may lie anywhere, but not where a
+# block waits for one that is larger. (Between these, copies that are spread over all of the pass
+# take up to a quarter less: that is left to the first timed pass.)
+ASSUMED_RATIOS = (0.0, 1.0)
 
 # As a share of a slot: what is smaller is not moved back for the room that is left.
 WORTH_RETURNING = 1 / 16
@@ -54,18 +60,12 @@ def replan_split(split: Split, timing: Timing) -> Split:
 
 
 def _best_split(frame: Split, room: Room, timing: Timing | None) -> Split:
-    """``frame`` with the homes and slots that take the least time; some, if not more than one.
-
-    Without ``timing``, by the sum of what a pass takes where it computes for as long as its weights
-    are copied, and of what it takes where it hardly computes at all.
-    """
+    """``frame`` with the homes and slots that take the least time, by ``timing`` or as assumed."""
     splits = [_placed(frame, choice, room) for choice in choices(frame.sizes, room)]
     if len(splits) == 1:
         return splits[0]
-    if timing is not None:
-        return min(splits, key=lambda split: predict(split, timing))
-    assumed = assumed_timing(frame.sizes)
-    return min(splits, key=lambda s: predict(s, assumed) + transfer_seconds(s, assumed))
+    times = [timing] if timing else [assumed_timing(frame.sizes, ratio) for ratio in ASSUMED_RATIOS]
+    return min(splits, key=lambda split: sum(predict(split, each) for each in times))
 
 
 def _placed(frame: Split, choice: Choice, room: Room) -> Split:

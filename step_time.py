@@ -37,7 +37,7 @@ LEAST_TRIED = 10
 
 def transfer_line(split: Split) -> str:
     """For the table, before any pass was timed: how long the copies of a pass take."""
-    seconds = transfer_seconds(split, assumed_timing(split.sizes))
+    seconds = transfer_seconds(split, assumed_timing(split.sizes, 0.0))
     return f"  that takes {seconds:.3g} s at {ASSUMED_BANDWIDTH / 1e9:.0f} GB/s (assumed)"
 
 
@@ -126,7 +126,7 @@ def cheapest_quota(split: Split, timing: Timing) -> Split | None:
     hidden = free - around + min(around + timing.between, timing.transfer(donor, ahead))
 
     def may_be_free(number: int) -> bool:
-        moved = sizes.total_bytes - idle - quota(number)
+        moved = sizes.total_bytes - idle - quota(number) + min(nbytes)
         return not timing.transfer(donor, moved) > hidden
 
     def is_free(number: int) -> bool:

@@ -307,9 +307,9 @@ def _kinds(
 def _reached(
     sizes: ModelSizes, slots: int, embeddings: tuple[int, ...]
 ) -> Iterator[tuple[int, int, int]]:
-    """For every size of a slot, the smallest first, with all swapped that fits it:
+    """Sizes that a slot may have, the smallest first, and what follows with all that fits swapped.
 
-    that size, the bytes that are swapped, and those that the compute device has to hold.
+    Of each: the size, the bytes that are swapped, and those that the compute device has to hold.
     """
     fixed = [sizes.parts[i].nbytes for i in embeddings]
     blocks, idle = range(len(sizes.blocks)), sizes.idle
