@@ -44,6 +44,8 @@ def plain_loading() -> Iterator[None]:
         (comfy.memory_management, "aimdo_enabled", False),
         (comfy.model_management, "unet_inital_load_device", on_the_cpu),
         (comfy.model_management, "unet_offload_device", on_the_cpu),
+        (comfy.model_management, "text_encoder_initial_device", on_the_cpu),
+        (comfy.model_management, "text_encoder_offload_device", on_the_cpu),
     ]
     switches = [switch for switch in switches if hasattr(*switch[:2])]
     before = [getattr(owner, name) for owner, name, _ in switches]
@@ -70,11 +72,29 @@ def _take_allocation(multigpu: ModuleType, patcher) -> None:
             setattr(patcher.model, META, {"full_allocation": text})
 
 
+def _give_allocation(outputs, inputs: dict) -> None:
+    """Leave the typed allocation on a ControlNet, where MultiGPU drops it.
+
+    It looks for a ``model`` or a ``patcher`` of what a loader returns, and a ControlNet has neither
+    under that name. The text is what MultiGPU would make of a node's ``inputs``.
+    """
+    patcher = getattr(outputs[0], "control_model_wrapped", None)
+    text = inputs.get("expert_mode_allocations") or ""
+    device, virtual = inputs.get("compute_device"), inputs.get("virtual_vram_gb") or 0
+    if virtual > 0:
+        text += f"#{device};{virtual};{inputs.get('donor_device')}"
+    elif text:
+        text += f"#{device}"
+    if text and patcher is not None and has_blocks(root_of(patcher.model)):
+        setattr(patcher.model, META, {"full_allocation": text})
+
+
 def _loader(join: LoadingJoin):
     def load(wrapped, node, args, kwargs):
         join.arm()
         with plain_loading():
             outputs = wrapped(*args, **kwargs)
+        _give_allocation(outputs, kwargs)
         for patcher in patchers_of(outputs):
             _take_allocation(join.multigpu, patcher)
             if is_swapped_here(patcher):

@@ -5,6 +5,8 @@ import torch
 
 from rig import prompts, tiny_models
 
+pytestmark = pytest.mark.usefixtures("static_split")
+
 FILE = "tiny.safetensors"
 STRINGS = ("acc:0,50%;cpu,50%", "acc:0,30%;acc:1,20%;cpu,*", "cpu,*")
 
