@@ -26,7 +26,8 @@ class ModelSizes:
     ``blocks`` are in execution order; ``non_block_bytes`` always stay on the compute device;
     ``min_slots`` is how many blocks the model's forward may hold at once. ``embeddings`` run once
     before the blocks and are swapped like them where the quota has no room for them. ``idle`` are
-    the indices of ``parts`` that no pass runs; they can still be called.
+    the indices of ``parts`` that no pass runs; they can still be called. ``tables`` are looked up
+    where they are, a few rows in a pass: they need no slot.
     """
 
     blocks: tuple[Block, ...]
@@ -34,11 +35,12 @@ class ModelSizes:
     min_slots: int = 1
     embeddings: tuple[Block, ...] = ()
     idle: frozenset[int] = frozenset()
+    tables: tuple[Block, ...] = ()
 
     @cached_property
     def parts(self) -> tuple[Block, ...]:
-        """All that has a home of its own: the blocks, then the embeddings."""
-        return self.blocks + self.embeddings
+        """All that has a home of its own: the blocks, then the embeddings, then the tables."""
+        return self.blocks + self.embeddings + self.tables
 
     @cached_property
     def largest_block(self) -> int:
@@ -55,8 +57,8 @@ class ModelSizes:
 class Split:
     """Where every block of a model lives: the immutable result of planning.
 
-    ``homes[i]`` is the device of ``sizes.parts[i]``, a block or an embedding, which is resident
-    where that is the compute device, swapped otherwise. ``quotas`` are in the order written.
+    ``homes[i]`` is the device of ``sizes.parts[i]``. A block or an embedding is resident where that
+    is the compute device, swapped otherwise. ``quotas`` are in the order written.
     """
 
     allocation: Allocation
@@ -73,8 +75,9 @@ class Split:
 
     @cached_property
     def swapped(self) -> tuple[int, ...]:
-        """Indices of the parts whose home is a donor."""
-        return tuple(i for i, home in enumerate(self.homes) if home != self.compute_device)
+        """Indices of the blocks and embeddings whose home is a donor."""
+        travel = self.homes[: len(self.homes) - len(self.sizes.tables)]
+        return tuple(i for i, home in enumerate(travel) if home != self.compute_device)
 
     @cached_property
     def running(self) -> tuple[int, ...]:
@@ -141,20 +144,18 @@ class Split:
                     format_bytes(self.bytes_on(device)),
                 )
             )
-        resident = [
-            part.nbytes
-            for part, home in zip(self.sizes.embeddings, self._embedding_homes(), strict=True)
-            if home == self.compute_device
-        ]
-        non_block = self.sizes.non_block_bytes + sum(resident)
+        beside = list(zip(self.sizes.parts, self.homes, strict=True))[len(self.sizes.blocks) :]
+        non_block = self.sizes.non_block_bytes
+        non_block += sum(part.nbytes for part, home in beside if home == self.compute_device)
         lines.append(
             f"  {self.compute_device}: {format_bytes(non_block)} of non-block weights, "
             f"{self._blocks_on(self.compute_device)} resident blocks and {self.slots} slots of "
             f"{format_bytes(self.slot_bytes)}"
         )
-        for part, home in zip(self.sizes.embeddings, self._embedding_homes(), strict=True):
+        for part, home in beside:
             if home != self.compute_device:
-                lines.append(f"  {part.name}: {format_bytes(part.nbytes)}, swapped from {home}")
+                how = "looked up on" if part in self.sizes.tables else "swapped from"
+                lines.append(f"  {part.name}: {format_bytes(part.nbytes)}, {how} {home}")
         if self.sizes.idle:
             idle = [i for i in self.swapped if i in self.sizes.idle]
             lines.append(
@@ -169,9 +170,6 @@ class Split:
 
     def _blocks_on(self, device: str) -> int:
         return self.homes[: len(self.sizes.blocks)].count(device)
-
-    def _embedding_homes(self) -> tuple[str, ...]:
-        return self.homes[len(self.sizes.blocks) :]
 
 
 def format_bytes(nbytes: int) -> str:

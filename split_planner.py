@@ -7,14 +7,14 @@ the same input always gives the same split.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from itertools import accumulate
 
 from .allocation_parser import CPU, Allocation, Mode, Quota
 from .pass_schedule import Timing, assumed_timing, predict
-from .split import ModelSizes, Split, format_bytes
+from .split import Block, ModelSizes, Split, format_bytes
 from .swap_choice import Choice, Room, choices, compute_bytes
 
 # How long a block computes against how long it is copied, where no pass was timed yet: the sum of
@@ -60,12 +60,49 @@ def replan_split(split: Split, timing: Timing) -> Split:
 
 
 def _best_split(frame: Split, room: Room, timing: Timing | None) -> Split:
-    """``frame`` with the homes and slots that take the least time, by ``timing`` or as assumed."""
+    """``frame`` with the homes and slots that take the least time, by ``timing`` or as assumed.
+
+    Tables leave before anything that has to travel for it.
+    """
+    sizes, compute = frame.sizes, frame.compute_device
+    if sizes.tables:
+        away = bool(room.owed) or not room.holds(sizes.total_bytes)
+        homes = tuple(_table_homes(frame)) if away else (compute,) * len(sizes.tables)
+        stay = sum(t.nbytes for t, h in zip(sizes.tables, homes, strict=True) if h == compute)
+        rest = replace(sizes, tables=(), non_block_bytes=sizes.non_block_bytes + stay)
+        quotas = tuple(_less(quota, sizes.tables, homes, compute) for quota in frame.quotas)
+        room = replace(room, owed=tuple(q for q in quotas if q.device in room.owed_devices))
+        split = _best_split(replace(frame, sizes=rest, quotas=quotas), room, timing)
+        return replace(frame, homes=split.homes + homes, slots=split.slots)
     splits = [_placed(frame, choice, room) for choice in choices(frame.sizes, room)]
     if len(splits) == 1:
         return splits[0]
     times = [timing] if timing else [assumed_timing(frame.sizes, ratio) for ratio in ASSUMED_RATIOS]
     return min(splits, key=lambda split: sum(predict(split, each) for each in times))
+
+
+def _table_homes(frame: Split) -> Iterator[str]:
+    """A donor for every table, RAM first; the compute device where none has room."""
+    compute, used = frame.compute_device, dict.fromkeys(frame.devices(), 0)
+    donors = [quota for quota in frame.quotas if quota.device != compute]
+    donors.sort(key=lambda quota: quota.device != CPU)
+    for table in frame.sizes.tables:
+        fitting = (
+            quota.device
+            for quota in donors
+            if quota.wildcard or used[quota.device] + table.nbytes <= (quota.nbytes or 0)
+        )
+        home = next(fitting, compute)
+        used[home] += table.nbytes
+        yield home
+
+
+def _less(quota: Quota, tables: Sequence[Block], homes: Sequence[str], compute: str) -> Quota:
+    """A donor's quota less the tables that it holds."""
+    if quota.nbytes is None or quota.device == compute:
+        return quota
+    held = sum(t.nbytes for t, home in zip(tables, homes, strict=True) if home == quota.device)
+    return replace(quota, nbytes=max(0, quota.nbytes - held))
 
 
 def _placed(frame: Split, choice: Choice, room: Room) -> Split:

@@ -63,7 +63,13 @@ class Room:
         firm = allocation.mode is not Mode.VIRTUAL_VRAM
         return cls(limit, given=True, firm=firm, owed=owed)
 
+    @property
+    def owed_devices(self) -> set[str]:
+        """The devices of ``owed``."""
+        return {quota.device for quota in self.owed}
+
     def holds(self, nbytes: int) -> bool:
+        """Whether the compute device has room for so many bytes."""
         return self.compute_bytes is None or nbytes <= self.compute_bytes
 
 

@@ -65,9 +65,13 @@ class BlockSwap:
         self._slots: list[Slot] = []
         self.links = Links(compute_device, locks)
         self._swapped: frozenset[int] = frozenset()
-        self._order = BlockOrders(functools.partial(_blocks_of, self.calls, self._leading))
+        self._entry = ""  # of the pass that runs, or was the last
+        self._blocks_of = functools.partial(_blocks_of, self.calls, self._leading)
+        self._order = BlockOrders(self._blocks_of)
         self._sites: list[CallSite] = []
-        self._ran: set[int] = set()
+        self._taken: set[int] = set()  # in the pass that runs
+        self._ran: set[int] = set()  # in passes that were completed
+        self._held: set[int] = set()  # by what these were passes of
         self._running: dict[int, Use | None] = {}  # blocks whose calls have not returned
         self._kept: list[Use | None] = []  # of those whose calls have
         self._depth = 0
@@ -129,8 +133,8 @@ class BlockSwap:
 
     @property
     def idle(self) -> frozenset[int]:
-        """Blocks that no pass has called until now."""
-        return frozenset(range(len(self._packs))) - self._ran
+        """Blocks that passes of what holds them have not called until now."""
+        return frozenset(self._held - self._ran)
 
     def count_staged(self) -> int:
         """How many swapped blocks lie in host memory that is not page-locked, and are staged."""
@@ -202,6 +206,8 @@ class BlockSwap:
             self.allocate_slots()
             # What is called beside the model itself takes no time worth knowing.
             self.watch.begin(shape if entry == "" else None)
+            self._entry = entry
+            self._taken.clear()
             self._order.begin(entry)
             for site in self._sites:
                 site.follow()
@@ -214,6 +220,8 @@ class BlockSwap:
             self.watch.report_peak(completed)
             self._order.end(completed)
             if completed:
+                self._ran |= self._taken
+                self._held.update(self._blocks_of(self._entry))
                 self._prefetch()
 
     def _release_slots(self) -> None:
@@ -251,7 +259,7 @@ class BlockSwap:
         Returns what ``release`` takes; ``None`` for a resident block.
         """
         use = None
-        self._ran.add(index)
+        self._taken.add(index)
         self._order.take(index)
         if index in self._swapped:
             slot = self._slot_with(index) or self._fetch(index)

@@ -70,19 +70,24 @@ class SwappedModel:
         sized = [
             Block(part.name, pack.nbytes) for part, pack in zip(parts.all, self.packs, strict=True)
         ]
+        travel = len(parts.blocks) + len(parts.embeddings)
         self.sizes = ModelSizes(
             blocks=tuple(sized[: len(parts.blocks)]),
-            embeddings=tuple(sized[len(parts.blocks) :]),
+            embeddings=tuple(sized[len(parts.blocks) : travel]),
+            tables=tuple(sized[travel:]),
             non_block_bytes=self.non_block.nbytes + beside,
         )
+        self._tables = self.packs[travel:]
         self.room: Room | None = None
+        self.tuner = SplitTuner()
         self.split = self._plan(allocation)
         compute = device_utils.torch_device(self.split.compute_device)
         self.swap = BlockSwap(
             compute,
-            self.packs,
-            [part.calls for part in parts.all],
-            leading=range(len(parts.blocks), len(parts.all)),
+            self.packs[:travel],
+            [part.calls for part in parts.all[:travel]],
+            leading=range(len(parts.blocks), travel),
+            tables={part.name: pack for part, pack in zip(parts.tables, self._tables, strict=True)},
             locks=locks,
             beside=[self.non_block],
         )
@@ -91,7 +96,6 @@ class SwappedModel:
         self._others: int | None = None  # bytes on the compute device that are not of this model
         self.warned_of: object = None  # what the user was last told of, before the first step
         self._placed: Split | None = None
-        self.tuner = SplitTuner()
         self._root = weakref.ref(root)
         self._undrive: Callable[[], None] | None = None
         self._foreign_bytes = 0
@@ -107,7 +111,7 @@ class SwappedModel:
             device: compute_spare if device == allocation.compute_device else self._spare(device)
             for device in allocation.auto_devices
         }
-        return plan_split(allocation, self.sizes, memory, spare)
+        return plan_split(allocation, self.sizes, memory, spare, self.tuner.timing)
 
     def _spare(self, donor: str) -> int:
         """What a donor that is ``auto`` has for this model: what is free there, less a margin."""
@@ -193,7 +197,7 @@ class SwappedModel:
         return self._placed is not None
 
     def all_packs(self) -> list[Pack]:
-        """The packs of the blocks and embeddings, and that of the other non-block weights."""
+        """The packs of all parts, and that of the other non-block weights."""
         return [*self.packs, self.non_block]
 
     @contextmanager
@@ -235,6 +239,7 @@ class SwappedModel:
 
         Where everything is in place already, nothing is touched: what the slots hold stays good.
         """
+        self._follow_calls()
         if self._placed is self.split and self._is_at_home():
             self._page_lock()  # there may be room for it now
             return
@@ -248,6 +253,13 @@ class SwappedModel:
         self.swap.on_missing = lambda nbytes: make_room()(nbytes)
         logger.info("\n".join([self.split.table(), *self._remarks()]))
         self._start_driving()
+
+    def _follow_calls(self) -> None:
+        """Plan anew where passes have shown that they never run some blocks: those leave first."""
+        if self.swap.idle != self.sizes.idle:
+            self.sizes = replace(self.sizes, idle=self.swap.idle)
+            self.split = refit_split(self.split, self._plan(self.split.allocation))
+            self.tuner.begin()
 
     def _is_at_home(self) -> bool:
         """Whether every pack is where the split wants it."""
@@ -276,7 +288,7 @@ class SwappedModel:
     def _page_lock(self) -> None:
         """Page-lock homes while that is granted: of what travels, then of what is resident."""
         compute, links = self.swap.compute_device, self.swap.links
-        travels = [p for p in self.packs if p.device != compute and p.device.type == CPU]
+        travels = [p for p in self._swapped_packs() if p.device.type == CPU]
         at_home = [p for p in self.all_packs() if p.device == compute and p.home_bytes]
         needs = [(p, Need.TRAVELS) for p in travels] + [(p, Need.HOME) for p in at_home]
         for pack, need in needs:
@@ -289,6 +301,11 @@ class SwappedModel:
                 break
         if all(pack.locked for pack in travels):
             links.release_ring()
+
+    def _swapped_packs(self) -> list[Pack]:
+        """The packs that travel."""
+        travel = self.packs[: len(self.packs) - len(self._tables)]
+        return [pack for pack in travel if pack.device != self.swap.compute_device]
 
     def _has_room_for_homes(self, resident: list[Pack]) -> bool:
         """Whether what is to be resident keeps homes in RAM."""
@@ -330,7 +347,7 @@ class SwappedModel:
         elif self.split.bytes_per_pass:
             yield step_time.transfer_line(self.split)
         compute = self.swap.compute_device
-        swapped = [pack for pack in self.packs if pack.device == torch.device(CPU) != compute]
+        swapped = [pack for pack in self._swapped_packs() if pack.device.type == CPU]
         if swapped:
             locked, staged = sum(pack.locked for pack in swapped), self.swap.count_staged()
             yield (
@@ -354,12 +371,12 @@ class SwappedModel:
     def give_back(self, nbytes: int, offload_device: torch.device) -> int:
         """Free at least ``nbytes`` of the compute device if possible; returns the bytes freed.
 
-        The slots go first, then resident blocks move to ``offload_device`` one by one. The model
-        still runs, in slots allocated when it does, and the next load restores the split.
+        The slots go first, then tables and resident blocks move to ``offload_device`` one by one.
+        The model still runs, in slots allocated when it does, and the next load restores the split.
         """
         before = self.compute_bytes()
         self.swap.drop_slots()
-        for pack in self.packs:
+        for pack in (*self._tables, *self.packs):
             if before - self.compute_bytes() >= nbytes:
                 break
             if pack.device == self.swap.compute_device:
