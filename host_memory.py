@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 
+import torch
+
 from . import device_utils, step_time
 from .allocation_parser import AUTO, CPU, in_bytes
 from .model_blocks import block_lists
@@ -105,13 +107,28 @@ def warn_if_too_little_is_left(state: SwappedModel, room: Room) -> None:
     device = state.split.compute_device
     if state.is_auto or short <= 0 or device == CPU or not room.what:
         return
-    if state.warned_of != (room.what, state.split):
-        state.warned_of = (room.what, state.split)
+    if state.is_news((room.what, state.split)):
         logger.warning(
             f"[MultiGPU] block swap: {room.what} may need {format_bytes(int(room.need))} of "
             f"{device}, and {format_bytes(state.split.compute_bytes)} of weights leave "
             f"{format_bytes(short)} too little of it: type {device},"
             f"{step_time.as_amount_within(room.nbytes)} or less, or {device},auto"
+        )
+
+
+def warn_if_ram_is_short(
+    state: SwappedModel, model: torch.nn.Module, ram_for: Callable[[int, object], int]
+) -> None:
+    """Before homes are made, once for every cause: RAM has no room for them."""
+    coming = state.ram_to_come()
+    left = ram_for(coming, model) if coming else 0
+    if left < coming and state.is_news((coming, state.split)):
+        device = state.split.compute_device
+        quota = "" if state.is_auto else f"a larger quota for {device}, "
+        logger.warning(
+            f"[MultiGPU] block swap: {format_bytes(coming)} of homes are to come to RAM, which has "
+            f"{format_bytes(max(0, left))} left: this may end in swapping, or in the process being "
+            f"killed. What helps: {quota}another donor, a smaller format (fp8, GGUF)"
         )
 
 

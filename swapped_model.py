@@ -93,7 +93,7 @@ class SwappedModel:
         self._locks = locks
         self._on_need = on_need
         self._others: int | None = None  # bytes on the compute device that are not of this model
-        self.warned_of: object = None  # what the user was last told of, before the first step
+        self._told: set[object] = set()  # what the user was told of, before the first step
         self._placed: Split | None = None
         self.tuner = SplitTuner()
         self._diffusion_model = weakref.ref(diffusion_model)
@@ -233,6 +233,18 @@ class SwappedModel:
     def homeless_bytes(self) -> int:
         """Bytes of weights that have no place of their own yet, as before the first load."""
         return sum(pack.nbytes for pack in self.all_packs() if pack.device is None)
+
+    def ram_to_come(self) -> int:
+        """Bytes of RAM that homes of what is swapped take beyond what the weights have there."""
+        if self.swap.compute_device.type in SHARE_RAM:
+            return 0
+        homes = zip(self.packs, self._homes(), strict=True)
+        return sum(pack.missing_ram() for pack, home in homes if home.type == CPU)
+
+    def is_news(self, cause: object) -> bool:
+        """Whether the user was not told of ``cause`` yet; they are, from now on."""
+        told, self._told = self._told, self._told | {cause}
+        return cause not in told
 
     def load(self, model: torch.nn.Module) -> None:
         """Put every block where the split wants it, straight, one at a time, and print the split.
