@@ -82,16 +82,17 @@ def room_for_weights(patcher, state: SwappedModel, extra_memory: float) -> Room:
     kind = model.__dict__.pop(ASKED, None)
     formats = getattr(model, "latent_format", None)
     what = "" if kind is None else kind.describe(*_downscaling(formats))
+    latent = () if kind is None else kind.latent[1:]
     if mm.vram_state == mm.VRAMState.NO_VRAM:
-        return Room(free, free - held - extra_memory, what)
+        return Room(free, free - held - extra_memory, what, latent)
     if kind is not None and pass_memory.knows(kind):
         # For ``auto`` ComfyUI was told, and has added what ControlNets and the like will need.
         known = max(_wanted_free.get() if state.is_auto else 0, pass_memory.need(kind, 0))
         need = max(mm.minimum_inference_memory(), known + mm.extra_reserved_memory())
-        return Room(free, need, what)
+        return Room(free, need, what, latent)
     if extra_memory >= EVERYTHING:
-        return Room(free, mm.minimum_inference_memory(), what)
-    return Room(free, free - held - extra_memory, what)
+        return Room(free, mm.minimum_inference_memory(), what, latent)
+    return Room(free, free - held - extra_memory, what, latent)
 
 
 def _downscaling(latent_format) -> tuple[int, int]:
@@ -197,7 +198,7 @@ def _give_back_spare(memory_required: float, device, keep_loaded) -> None:
         state = getattr(loaded.model.model, STATE, None)
         missing = memory_required - mm.get_free_memory(device)
         if missing > 0 and state is not None and state.loaded:
-            state.give_back_spare(int(missing), loaded.model.offload_device)
+            state.give_back_spare(int(missing))
 
 
 def model_memory_required(wrapped, loaded_model, args, kwargs):

@@ -103,12 +103,13 @@ class Room:
     """What a device has for weights, in bytes, and why.
 
     ``free`` is what is free there with no weights of this model, ``need`` what a pass needs beside
-    them, for ``what``.
+    them, for ``what``: a ``latent`` of that shape, without batch and channels.
     """
 
     free: float
     need: float
     what: str = ""
+    latent: tuple[int, ...] = ()
 
     @property
     def nbytes(self) -> int:

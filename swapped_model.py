@@ -132,7 +132,8 @@ class SwappedModel:
     def fit(self, room: Room) -> None:
         """Take what ``room`` there is for weights now, where the compute device is ``auto``.
 
-        Nothing changes where less than a block would: what is free is never quite the same.
+        Nothing changes where less than a block would, as what is free is never quite the same, nor
+        where more on the compute device is known to save no time.
         """
         self.room = room
         if not self.is_auto:
@@ -147,6 +148,8 @@ class SwappedModel:
         if held <= room.nbytes and more < WORTH_BLOCKS * block and not becomes_whole:
             return
         fitted = refit_split(self.split, wanted)
+        if held <= room.nbytes and not self.tuner.is_worth(fitted, self.split, room.latent):
+            return
         if (fitted.homes, fitted.slots) != (self.split.homes, self.split.slots):
             self.split = fitted
             self.tuner.begin()
@@ -156,23 +159,31 @@ class SwappedModel:
 
         Returns whether that was possible: not at the floor, nor with a typed quota.
         """
-        if not self.is_auto:
-            return False
-        homes = tuple(device_utils.name_of(pack.device) for pack in self.packs)
-        now = replace(self.split, homes=homes)
+        now = self._placed_now()
         fewer = now.compute_bytes - max(missing, now.sizes.largest_block)
-        wanted = self._plan(now.allocation, max(0, fewer))
+        if not self.is_auto or not self._shrink(now, max(0, fewer)):
+            return False
+        logger.warning(
+            f"[MultiGPU] block swap: out of memory in a pass, which is repeated with "
+            f"{format_bytes(self.split.compute_bytes)} of weights on {self.split.compute_device} "
+            f"instead of {format_bytes(now.compute_bytes)}"
+        )
+        return True
+
+    def _placed_now(self) -> Split:
+        """The split as the blocks lie now: some may have been given back."""
+        homes = tuple(device_utils.name_of(pack.device) for pack in self.packs)
+        return replace(self.split, homes=homes)
+
+    def _shrink(self, now: Split, nbytes: int) -> bool:
+        """Have what ``nbytes`` of the compute device hold, if that is less than ``now``."""
+        wanted = self._plan(now.allocation, nbytes)
         if not wanted.compute_bytes < now.compute_bytes:
             return False
         self.split = refit_split(now, wanted)
         self.tuner.begin()
         self._place()
         self.swap.allocate_slots()
-        logger.warning(
-            f"[MultiGPU] block swap: out of memory in a pass, which is repeated with "
-            f"{format_bytes(self.split.compute_bytes)} of weights on {self.split.compute_device} "
-            f"instead of {format_bytes(now.compute_bytes)}"
-        )
         return True
 
     def _learn(self, shape: object, peak: int, failed: bool) -> None:
@@ -385,12 +396,20 @@ class SwappedModel:
         self.swap.update(self.split.slots or 2)
         return before - self.compute_bytes()
 
-    def give_back_spare(self, nbytes: int, offload_device: torch.device) -> int:
-        """Free up to ``nbytes`` that ``auto`` has taken and that save no time; the bytes freed."""
+    def give_back_spare(self, nbytes: int) -> int:
+        """Free up to ``nbytes`` that ``auto`` has taken and that save no time; the bytes freed.
+
+        The split has less from now on: the next load does not take back what is worth nothing.
+        """
         if not self.is_auto or self.tuner.cheapest_bytes is None:
             return 0
-        spare = min(nbytes, self.compute_bytes() - self.tuner.cheapest_bytes)
-        return self.give_back(spare, offload_device) if spare > 0 else 0
+        before, now = self.compute_bytes(), self._placed_now()
+        if self._shrink(now, max(self.tuner.cheapest_bytes, now.compute_bytes - nbytes)):
+            logger.info(
+                f"[MultiGPU] block swap: {format_bytes(before - self.compute_bytes())} of weights "
+                f"that save no time leave {self.split.compute_device}, where others need room"
+            )
+        return before - self.compute_bytes()
 
     def unload(self, device: torch.device, donors_too: bool) -> torch.device:
         """Take the weights off the compute device; nothing is swapped any more.

@@ -2,75 +2,17 @@
 
 import contextlib
 import gc
-import logging
 import random
 
 import pytest
 import torch
 
-from conftest import COMPUTE
+from conftest import COMPUTE, RESERVED
 from rig import comfy_host, prompts, simulator
 
 MIB = 1 << 20
 ledger = simulator.ledger
 AUTO = f"{COMPUTE},auto;cpu,*"
-RESERVED = MIB // 4
-
-
-@pytest.fixture
-def card(bench, monkeypatch):
-    """Makes the compute device a small one, and ComfyUI's reserves small with it."""
-    monkeypatch.setattr(bench.mm, "EXTRA_RESERVED_VRAM", RESERVED)
-    monkeypatch.setattr(bench.mm, "minimum_inference_memory", lambda: MIB // 2)
-    bench.module("host_memory").pass_memory.__init__()
-
-    def small(mebibytes):
-        monkeypatch.setitem(ledger.capacity, COMPUTE, int(mebibytes * MIB))
-
-    yield small
-    bench.clear()
-    gc.collect()
-
-
-@pytest.fixture
-def estimate(monkeypatch):
-    """Makes ComfyUI's estimate of what a video needs that many bytes."""
-    from comfy.model_base import BaseModel
-
-    original = BaseModel.__dict__["memory_required"]
-    inner = getattr(original, "__wrapped__", original)
-
-    def is_(nbytes):
-        def memory_required(model, input_shape, cond_shapes=None):
-            return nbytes * input_shape[0]
-
-        if inner is original:
-            monkeypatch.setattr(BaseModel, "memory_required", memory_required)
-        else:
-            monkeypatch.setattr(original, "__wrapped__", memory_required)
-
-    return is_
-
-
-@pytest.fixture
-def log(bench, caplog):
-    logger = bench.module("swapped_model").logger
-    logger.addHandler(caplog.handler)
-    caplog.set_level(logging.INFO, logger="MultiGPU")
-    yield lambda word: [r.getMessage() for r in caplog.records if word in r.getMessage()]
-    logger.removeHandler(caplog.handler)
-
-
-@pytest.fixture(scope="module")
-def need(bench):
-    """What a pass of the tests' video takes beside the weights, in bytes."""
-    seen = bench.module("host_memory").pass_memory
-    seen.__init__()
-    bench.sample(bench.distorch("acc:0,1mb;cpu,*"))
-    (nbytes,) = seen._peaks.values()
-    seen.__init__()
-    bench.clear()
-    return nbytes
 
 
 @pytest.mark.parametrize("mebibytes", [7, 8, 10, 12, 16, 19, 21, 40])
