@@ -303,9 +303,9 @@ def state_of(patcher) -> SwappedModel:
     if state is None:
         model = weakref.ref(patcher.model)
 
-        def learn(shape, nbytes: int, failed: bool) -> None:
+        def learn(shape, nbytes: int, failed: bool, least: int) -> None:
             note = pass_memory.fail if failed else pass_memory.learn
-            note(_kind_of(model(), shape), nbytes)
+            note(_kind_of(model(), shape), nbytes, least)
 
         state = SwappedModel(patcher.model, read_allocation(patcher), page_locks(), learn)
         setattr(patcher.model, STATE, state)

@@ -54,7 +54,7 @@ class SwappedModel:
         model: torch.nn.Module,
         allocation: Allocation,
         locks: PageLocks,
-        on_need: Callable[[object, int, bool], None] | None = None,
+        on_need: Callable[[object, int, bool, int], None] | None = None,
     ):
         diffusion_model = model.diffusion_model
         lists = block_lists(diffusion_model)
@@ -93,6 +93,7 @@ class SwappedModel:
         self._locks = locks
         self._on_need = on_need
         self._others: int | None = None  # bytes on the compute device that are not of this model
+        self._too_little: int | None = None  # bytes that the pass which is repeated has had
         self._told: set[object] = set()  # what the user was told of, before the first step
         self._placed: Split | None = None
         self.tuner = SplitTuner()
@@ -159,10 +160,11 @@ class SwappedModel:
 
         Returns whether that was possible: not at the floor, nor with a typed quota.
         """
-        now = self._placed_now()
+        now, too_little = self._placed_now(), self._room_for_a_pass()
         fewer = now.compute_bytes - max(missing, now.sizes.largest_block)
         if not self.is_auto or not self._shrink(now, max(0, fewer)):
             return False
+        self._too_little = too_little
         logger.warning(
             f"[MultiGPU] block swap: out of memory in a pass, which is repeated with "
             f"{format_bytes(self.split.compute_bytes)} of weights on {self.split.compute_device} "
@@ -188,8 +190,21 @@ class SwappedModel:
 
     def _learn(self, shape: object, peak: int, failed: bool) -> None:
         """The allocator's peak in a pass: what it needs beside the weights is known now."""
-        if self._others is not None and self._on_need is not None:
-            self._on_need(shape, max(0, peak - self._others - self.compute_bytes()), failed)
+        if self._others is None or self._on_need is None:
+            return
+        too_little = self._room_for_a_pass() if failed else self._too_little
+        self._too_little = None
+        # A pass that could have had that much, and failed, is to have a block more or so.
+        least = 0 if too_little is None else too_little + self.sizes.largest_block // 2
+        self._on_need(shape, max(0, peak - self._others - self.compute_bytes()), failed, least)
+
+    def _room_for_a_pass(self) -> int | None:
+        """Bytes of the compute device that a pass has beside the weights, if that can be told."""
+        allocated = device_utils.allocated_memory(self.swap.compute_device)
+        if self._others is None or allocated is None:
+            return None
+        free = device_utils.free_memory(self.split.compute_device)
+        return free + allocated - self._others - self.compute_bytes()
 
     def note_memory(self) -> None:
         """The model is loaded: what is allocated besides belongs to others."""
