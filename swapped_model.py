@@ -33,7 +33,8 @@ SHARE_RAM = (CPU, "mps")
 # Of what a donor has free, ``auto`` leaves this share to others.
 DONOR_MARGIN = 0.1
 
-# ``auto`` grows by no less than this many blocks: what is free is never quite the same.
+# ``auto`` grows by no less than this many blocks where passes need what they did: what is free is
+# never quite the same.
 WORTH_BLOCKS = 1.25
 
 
@@ -136,7 +137,7 @@ class SwappedModel:
         Nothing changes where less than a block would, as what is free is never quite the same, nor
         where more on the compute device is known to save no time.
         """
-        self.room = room
+        before, self.room = self.room, room
         if not self.is_auto:
             return
         wanted = self._plan(self.split.allocation)
@@ -146,7 +147,9 @@ class SwappedModel:
         held, block = self.split.compute_bytes, self.split.sizes.largest_block
         more = min(room.nbytes, self.sizes.total_bytes) - held
         becomes_whole = wanted.bytes_per_pass == 0 < self.split.bytes_per_pass
-        if held <= room.nbytes and more < WORTH_BLOCKS * block and not becomes_whole:
+        same_need = before is not None and before.need == room.need
+        worth = WORTH_BLOCKS * block if same_need else block
+        if held <= room.nbytes and more < worth and not becomes_whole:
             return
         fitted = refit_split(self.split, wanted)
         if held <= room.nbytes and not self.tuner.is_worth(fitted, self.split, room.latent):

@@ -19,7 +19,7 @@ def kind_of_video(bench):
     return bench.module("pass_memory").PassKind.of("WanModel", torch.bfloat16, (1, 16, 2, 8, 8))
 
 
-@pytest.mark.parametrize("mebibytes", [7, 8, 10, 12, 16, 19, 21, 40])
+@pytest.mark.parametrize("mebibytes", [7, 8, 9, 10, 12, 16, 19, 21, 40])
 def test_the_card_is_full_and_never_over(bench, card, need, reference, mebibytes):
     """Whatever ComfyUI's estimate is worth: the first prompt runs, the second fills the card."""
     card(mebibytes)
@@ -30,7 +30,7 @@ def test_the_card_is_full_and_never_over(bench, card, need, reference, mebibytes
     state = bench.state()
     may = min(mebibytes * MIB - 1.03 * need - RESERVED, state.sizes.total_bytes)
     assert state.split.compute_bytes <= may or len(state.split.swapped) == len(state.split.homes)
-    assert state.split.compute_bytes >= 0.95 * may - 1.3 * state.sizes.largest_block
+    assert state.split.compute_bytes >= may - 1 - state.sizes.largest_block
 
 
 @pytest.mark.parametrize("factor", [0.0, 0.3, 1.0, 3.0])
