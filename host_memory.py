@@ -47,6 +47,9 @@ TRANSLATED = "_distorch2_in_bytes"
 # What ComfyUI wants to have free beside the weights for the load that is going on, in bytes.
 _wanted_free: ContextVar[float] = ContextVar("wanted_free", default=0.0)
 
+# The patchers of ControlNets and the like that are loaded in one go with a swapped model.
+_loaded_beside: ContextVar[tuple] = ContextVar("loaded_beside", default=())
+
 
 def _kind_of(model, shape) -> PassKind:
     dtype = model.get_dtype() if hasattr(model, "get_dtype") else None
@@ -80,19 +83,26 @@ def room_for_weights(patcher, state: SwappedModel, extra_memory: float) -> Room:
     model, held = patcher.model, state.compute_bytes()
     free = mm.get_free_memory(patcher.load_device) + held
     kind = model.__dict__.pop(ASKED, None)
-    formats = getattr(model, "latent_format", None)
-    what = "" if kind is None else kind.describe(*_downscaling(formats))
-    latent = () if kind is None else kind.latent[1:]
+    need = free - held - extra_memory
     if mm.vram_state == mm.VRAMState.NO_VRAM:
-        return Room(free, free - held - extra_memory, what, latent)
-    if kind is not None and pass_memory.knows(kind):
+        pass
+    elif kind is not None and pass_memory.knows(kind):
         # For ``auto`` ComfyUI was told, and has added what ControlNets and the like will need.
         known = max(_wanted_free.get() if state.is_auto else 0, pass_memory.need(kind, 0))
         need = max(mm.minimum_inference_memory(), known + mm.extra_reserved_memory())
-        return Room(free, need, what, latent)
-    if extra_memory >= EVERYTHING:
-        return Room(free, mm.minimum_inference_memory(), what, latent)
-    return Room(free, free - held - extra_memory, what, latent)
+    elif extra_memory >= EVERYTHING:
+        need = mm.minimum_inference_memory()
+    need += _still_to_come(patcher.load_device)
+    if kind is None:
+        return Room(free, need)
+    what = kind.describe(*_downscaling(getattr(model, "latent_format", None)))
+    return Room(free, need, what, kind.latent[1:])
+
+
+def _still_to_come(device: torch.device) -> int:
+    """Bytes of weights that models loaded in one go with a swapped one have yet to put there."""
+    coming = (p for p in _loaded_beside.get() if p.load_device == device)
+    return sum(max(0, patcher.model_size() - patcher.loaded_size()) for patcher in coming)
 
 
 def _downscaling(latent_format) -> tuple[int, int]:
@@ -178,8 +188,10 @@ def free_memory(wrapped, instance, args, kwargs):
     def bind(memory_required, device, keep_loaded=(), *_, **__):
         return memory_required, device, keep_loaded
 
+    import comfy.model_management as mm
+
     memory_required, device, keep_loaded = bind(*args, **kwargs)
-    if memory_required < EVERYTHING:
+    if memory_required < EVERYTHING and not mm.DISABLE_SMART_MEMORY:  # or all of it goes
         _give_back_spare(memory_required, device, keep_loaded)
     token = donors_stay.set(memory_required < EVERYTHING)
     try:
@@ -197,8 +209,8 @@ def _give_back_spare(memory_required: float, device, keep_loaded) -> None:
             continue
         state = getattr(loaded.model.model, STATE, None)
         missing = memory_required - mm.get_free_memory(device)
-        if missing > 0 and state is not None and state.loaded:
-            state.give_back_spare(int(missing))
+        if missing > 0 and state is not None and state.has_spare():
+            state.give_way(int(missing), state.tuner.cheapest_bytes)
 
 
 def model_memory_required(wrapped, loaded_model, args, kwargs):
@@ -243,13 +255,39 @@ def load_models_gpu(original):
                     stack.enter_context(readable_by_multigpu(patcher))
                 return wrapped(*args, **kwargs)
         known = {name: value for name, value in kwargs.items() if name != "force_full_load"}
-        token = _wanted_free.set(wanted(*args[:4], **known))
+        free = _wanted_free.set(wanted(*args[:4], **known))
+        beside = _loaded_beside.set(tuple(_beside_swapped(models)))
         try:
+            _give_way(models)
             return original(*args, **kwargs)
         finally:
-            _wanted_free.reset(token)
+            _loaded_beside.reset(beside)
+            _wanted_free.reset(free)
 
     return load_models_gpu
+
+
+def _beside_swapped(models) -> Iterator:
+    """Of the patchers that are loaded together, those whose weights all go to their device."""
+    for model in models:
+        for patcher in (model, *model.model_patches_models()):
+            if not is_swapped_here(patcher) and not getattr(patcher, "is_dynamic", bool)():
+                yield patcher
+
+
+def _give_way(models) -> None:
+    """``auto`` lets go of what those need that are loaded with it.
+
+    ComfyUI frees nothing of models that it is about to load, and a ControlNet comes first.
+    """
+    import comfy.model_management as mm
+
+    for patcher in filter(is_swapped_here, models):
+        state, coming = state_of(patcher), _still_to_come(patcher.load_device)
+        need = coming + _wanted_free.get() + mm.extra_reserved_memory()
+        missing = need - mm.get_free_memory(patcher.load_device)
+        if coming and missing > 0 and state.is_auto and state.loaded:
+            state.give_way(int(missing))
 
 
 @contextmanager

@@ -414,20 +414,21 @@ class SwappedModel:
         self.swap.update(self.split.slots or 2)
         return before - self.compute_bytes()
 
-    def give_back_spare(self, nbytes: int) -> int:
-        """Free up to ``nbytes`` that ``auto`` has taken and that save no time; the bytes freed.
+    def has_spare(self) -> bool:
+        """Whether ``auto`` may hold more than saves time."""
+        return self.loaded and self.is_auto and self.tuner.cheapest_bytes is not None
+
+    def give_way(self, nbytes: int, least: int = 0) -> None:
+        """Free up to ``nbytes`` of what ``auto`` has taken, down to ``least`` bytes or the floor.
 
         The split has less from now on: the next load does not take back what is worth nothing.
         """
-        if not self.is_auto or self.tuner.cheapest_bytes is None:
-            return 0
         before, now = self.compute_bytes(), self._placed_now()
-        if self._shrink(now, max(self.tuner.cheapest_bytes, now.compute_bytes - nbytes)):
+        if self._shrink(now, max(least, now.compute_bytes - nbytes)):
             logger.info(
                 f"[MultiGPU] block swap: {format_bytes(before - self.compute_bytes())} of weights "
-                f"that save no time leave {self.split.compute_device}, where others need room"
+                f"leave {self.split.compute_device}, where others need room"
             )
-        return before - self.compute_bytes()
 
     def unload(self, device: torch.device, donors_too: bool) -> torch.device:
         """Take the weights off the compute device; nothing is swapped any more.

@@ -1,0 +1,153 @@
+"""`auto` beside models that are not swapped: what ComfyUI is told stays true, whatever comes."""
+
+import gc
+
+import pytest
+import torch
+
+from conftest import COMPUTE, MIB
+from rig import simulator, tiny_models
+
+ledger = simulator.ledger
+AUTO = f"{COMPUTE},auto;cpu,*"
+CARD = 29
+TINY = "tiny.safetensors"
+# What is not weights, and still there between two prompts: tables of positions and the like.
+BESIDE = MIB // 8
+
+
+@pytest.fixture
+def written(bench):
+    """A text encoder, Gemma, of 2 MiB and a ControlNet of Flux of 19 MiB, as files."""
+    models = bench.host.base_dir / "models"
+    with tiny_models.installed():
+        for folder, write in (
+            ("text_encoders", lambda path: tiny_models.write_text(path, "Gemma")),
+            ("controlnet", tiny_models.write_control),
+        ):
+            (models / folder).mkdir(exist_ok=True)
+            write(models / folder / TINY)
+        yield
+    for folder in ("text_encoders", "controlnet"):
+        (models / folder / TINY).unlink()
+
+
+@pytest.fixture
+def neighbours(bench, card, written, monkeypatch):
+    """What comes and goes on the compute device, by name."""
+    monkeypatch.setattr(bench.mm, "text_encoder_device", lambda: torch.device(COMPUTE))
+    card(CARD)
+    clip = {"class_type": "CLIPLoader", "inputs": {"clip_name": TINY, "type": "lumina2"}}
+    control = {"class_type": "ControlNetLoader", "inputs": {"control_net_name": TINY}}
+    latents, held = bench.host.custom_module("probe").LATENTS, []
+
+    def text_encoder():
+        with monkeypatch.context() as patch:
+            patch.setattr(bench.mm, "minimum_inference_memory", lambda: 8 * MIB)
+            bench.host.run(tiny_models.encoding(clip))
+        assert latents.pop("text").isfinite().all()
+
+    def controlled():
+        """As the sampler does it: the ControlNet is asked for together with the model."""
+        net = bench.load(control)
+        held[:] = [net]
+        swapped = [m.model for m in bench.mm.current_loaded_models]
+        patcher = next(iter(swapped), None) or bench.load(bench.distorch(AUTO))
+        held.append(patcher)
+        with torch.inference_mode():
+            bench.mm.load_models_gpu(
+                [patcher, *net.get_models()],
+                memory_required=patcher.model.memory_required([1, 16, 2, 8, 8]),
+            )
+        assert bench.state(patcher).loaded
+        for beside in net.get_models():  # whole, though `auto` held the card before
+            assert beside.loaded_size() == beside.model_size()
+
+    def plain():
+        held[:] = [bench.load(bench.plain("other.safetensors"))]
+        with torch.inference_mode():
+            bench.mm.load_models_gpu(held)
+
+    yield {"text encoder": text_encoder, "ControlNet": controlled, "plain model": plain}
+    held.clear()
+    bench.clear()
+    gc.collect()
+
+
+def check(bench):
+    """What ComfyUI is told is what there is."""
+    assert ledger.peak[COMPUTE] <= CARD * MIB
+    device, told = torch.device(COMPUTE), 0
+    for loaded in bench.mm.current_loaded_models:
+        told += loaded.model_loaded_memory()
+        if bench.module("model_lookup").is_swapped_here(loaded.model):
+            state = bench.state(loaded.model)
+            assert loaded.model_loaded_memory() == state.compute_bytes()
+            required = loaded.model_memory_required(device)
+            assert required == max(0, state.sizes.total_bytes - state.compute_bytes())
+            assert loaded.model_memory() == 0  # of RAM: its homes are there
+    assert told <= ledger.allocated[COMPUTE] <= told + BESIDE
+
+
+SETTINGS = {
+    "default": {},
+    "disable-smart-memory": {"DISABLE_SMART_MEMORY": True},
+    "reserve-vram": {"EXTRA_RESERVED_VRAM": 2 * MIB},
+    "lowvram": {"vram_state": "LOW_VRAM"},
+    "highvram": {"vram_state": "HIGH_VRAM"},
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_accounting_is_true_with_neighbours_in_between(
+    bench, neighbours, reference, monkeypatch, setting
+):
+    for name, value in SETTINGS[setting].items():
+        value = getattr(bench.mm.VRAMState, value) if name == "vram_state" else value
+        monkeypatch.setattr(bench.mm, name, value)
+    ledger.reset_peak()
+    assert bench.sample(bench.distorch(AUTO), seed=1).equal(reference[1])
+    for comes in neighbours.values():
+        if setting == "disable-smart-memory":  # nothing outlives a prompt
+            assert bench.mm.current_loaded_models == []
+            bench.mm.load_models_gpu([patcher := bench.load(bench.distorch(AUTO))])
+            check(bench)
+            del patcher
+        comes()
+        check(bench)
+        assert bench.sample(bench.distorch(AUTO), seed=2).equal(reference[2])
+        check(bench)
+
+
+def test_what_is_asked_of_the_host_is_what_the_load_takes(bench, neighbours, monkeypatch):
+    """`free_memory` is asked for the whole model, and for what the pass needs; others make room."""
+    bench.sample(bench.distorch(AUTO))
+    bench.clear()
+    neighbours["text encoder"]()
+    asked, free_memory = [], bench.mm.free_memory
+
+    def noted(memory_required, device, *args, **kwargs):
+        asked.append((memory_required, str(device)))
+        return free_memory(memory_required, device, *args, **kwargs)
+
+    monkeypatch.setattr(bench.mm, "free_memory", noted)
+    bench.sample(bench.distorch(AUTO))
+    total = bench.state().sizes.total_bytes
+    assert any(total <= nbytes < 2 * total and on == COMPUTE for nbytes, on in asked)
+    assert [type(m.model.model).__name__ for m in bench.mm.current_loaded_models] == ["WAN21"]
+
+
+def test_a_neighbour_takes_a_part_of_what_auto_holds(bench, neighbours):
+    """`partially_unload` says what it gave, and the next load takes back what is free."""
+    bench.sample(bench.distorch(AUTO))
+    patcher, device = bench.loaded(), torch.device(COMPUTE)
+    state = bench.state(patcher)
+    held, free = state.compute_bytes(), bench.mm.get_free_memory(device)
+    with torch.inference_mode():
+        given = patcher.partially_unload(torch.device("cpu"), 3 * MIB)
+    assert given >= 3 * MIB
+    assert bench.mm.get_free_memory(device) - free == given == held - patcher.loaded_size()
+    check(bench)
+    bench.sample(bench.distorch(AUTO), seed=2)
+    assert state.compute_bytes() >= held
+    check(bench)
