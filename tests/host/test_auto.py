@@ -2,7 +2,6 @@
 
 import contextlib
 import gc
-import random
 
 import pytest
 import torch
@@ -200,36 +199,6 @@ def test_what_is_free_is_never_quite_the_same_and_nothing_flaps(bench, card, nee
     card(14)
     ledger.clear_copies()
     assert bench.sample(bench.distorch(AUTO), seed=1).equal(reference[1])
-
-
-def test_prompts_of_random_sizes_models_and_cards(bench, card):
-    """Whatever comes, it runs, is right, and leaves nothing behind."""
-    rng = random.Random(5)
-    files = ("wan.safetensors", "other.safetensors")
-    sizes = ((64, 64, 5), (64, 128, 9), (128, 128, 17))
-
-    def sampled(loader, size, seed):
-        nodes = prompts.guided({"1": loader}, "1", seed, 1)
-        names = ("width", "height", "length")
-        inputs = {**dict(zip(names, size, strict=True)), "batch_size": 1}
-        nodes["22"] = {**prompts.EMPTY_LATENT, "inputs": inputs}
-        bench.host.run(nodes)
-        return bench.host.custom_module("probe").LATENTS.pop("out")
-
-    card(64)
-    plain = {file: bench.plain(file) for file in files}
-    expected = {(f, s): sampled(plain[f], s, seed=1) for f in files for s in sizes}
-    bench.clear()
-    for n in range(24):
-        mebibytes = rng.choice((12, 14, 16, 20))
-        if ledger.allocated[COMPUTE] < mebibytes * MIB:  # nobody can take what is in use
-            card(mebibytes)
-        file, size = rng.choice(files), rng.choice(sizes)
-        out = sampled(bench.distorch(AUTO, unet_name=file), size, seed=1)
-        assert out.equal(expected[file, size]), n
-    bench.clear()
-    gc.collect()
-    assert set(ledger.allocated.values()) == {0}
 
 
 def test_prompt_after_prompt_nothing_moves_and_nothing_is_said(bench, card, log):
