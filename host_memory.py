@@ -249,7 +249,8 @@ def load_models_gpu(original):
 
     def load_models_gpu(wrapped, instance, args, kwargs):
         models = kwargs["models"] if "models" in kwargs else args[0]
-        if not any(hasattr(m, "model") and is_swapped_here(m) for m in models):
+        swapped = [m for m in models if hasattr(m, "model") and is_swapped_here(m)]
+        if not swapped:
             with ExitStack() as stack:
                 for patcher in models:
                     stack.enter_context(readable_by_multigpu(patcher))
@@ -258,11 +259,14 @@ def load_models_gpu(original):
         free = _wanted_free.set(wanted(*args[:4], **known))
         beside = _loaded_beside.set(tuple(_beside_swapped(models)))
         try:
-            _give_way(models)
-            return original(*args, **kwargs)
+            _give_way(swapped)
+            result = original(*args, **kwargs)
         finally:
             _loaded_beside.reset(beside)
             _wanted_free.reset(free)
+        for patcher in swapped:
+            state_of(patcher).note_memory()
+        return result
 
     return load_models_gpu
 
@@ -271,21 +275,22 @@ def _beside_swapped(models) -> Iterator:
     """Of the patchers that are loaded together, those whose weights all go to their device."""
     for model in models:
         for patcher in (model, *model.model_patches_models()):
-            if not is_swapped_here(patcher) and not getattr(patcher, "is_dynamic", bool)():
+            elsewhere = allocation_text(patcher.model) or getattr(patcher, "is_dynamic", bool)()
+            if not elsewhere:
                 yield patcher
 
 
-def _give_way(models) -> None:
+def _give_way(swapped) -> None:
     """``auto`` lets go of what those need that are loaded with it.
 
     ComfyUI frees nothing of models that it is about to load, and a ControlNet comes first.
     """
     import comfy.model_management as mm
 
-    for patcher in filter(is_swapped_here, models):
+    need = max(mm.minimum_inference_memory(), _wanted_free.get() + mm.extra_reserved_memory())
+    for patcher in swapped:
         state, coming = state_of(patcher), _still_to_come(patcher.load_device)
-        need = coming + _wanted_free.get() + mm.extra_reserved_memory()
-        missing = need - mm.get_free_memory(patcher.load_device)
+        missing = coming + need - mm.get_free_memory(patcher.load_device)
         if coming and missing > 0 and state.is_auto and state.loaded:
             state.give_way(int(missing))
 

@@ -85,7 +85,6 @@ def _load(ram_for, patcher, device_to, extra_memory=0, force_patch_weights=False
         model.device = device_to
         model.current_weight_patches_uuid = patcher.patches_uuid
         model.model_loaded_weight_memory = state.compute_bytes()
-        state.note_memory()
         for callback in patcher.get_all_callbacks(CallbacksMP.ON_LOAD):
             callback(patcher, device_to, extra_memory, force_patch_weights, True)
         patcher.apply_hooks(patcher.forced_hooks, force_apply=True)
