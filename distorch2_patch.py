@@ -16,8 +16,8 @@ import torch
 
 from .allocation_parser import CPU
 from .host_memory import accounting_patches
-from .model_blocks import block_lists
-from .model_lookup import META, STATE, diffusion_model_of, follow_allocation, is_swapped_here
+from .model_blocks import has_blocks, root_of
+from .model_lookup import META, STATE, follow_allocation, is_swapped_here
 from .model_patcher_patch import patches
 from .patch_table import Patch, PatchTable
 
@@ -57,14 +57,14 @@ def plain_loading() -> Iterator[None]:
 
 
 def _take_allocation(multigpu: ModuleType, patcher) -> None:
-    """Move the allocation of a Wan model from MultiGPU's table to the model itself.
+    """Move the allocation of a model with blocks from MultiGPU's table to the model itself.
 
     That is where MultiGPU leaves it from 2.5.6 on. Up to 2.5.5 its table has keys of class, size
     and first weights: Wan 2.2's two experts, and the same file loaded by another node, share one.
     """
     distorch_2 = sys.modules.get(f"{multigpu.__name__}.distorch_2")
     table = getattr(distorch_2, "safetensor_allocation_store", None)
-    if table is not None and block_lists(diffusion_model_of(patcher.model)):
+    if table is not None and has_blocks(root_of(patcher.model)):
         text = table.pop(distorch_2.create_safetensor_model_hash(patcher, "block_swap"), "")
         if text:
             setattr(patcher.model, META, {"full_allocation": text})

@@ -18,7 +18,7 @@ import torch
 
 from . import device_utils, step_time
 from .allocation_parser import AUTO, CPU, in_bytes
-from .model_blocks import block_lists
+from .model_blocks import has_blocks, root_of
 from .model_lookup import (
     META,
     STATE,
@@ -65,7 +65,7 @@ def _uncompiled(model):
 def memory_required(wrapped, model, args, kwargs):
     """What a pass needs beside the weights: for ``auto``, what it was seen to need."""
     estimate = wrapped(*args, **kwargs)
-    if not allocation_text(model) or not block_lists(_uncompiled(model)):
+    if not allocation_text(model) or not (hasattr(model, STATE) or has_blocks(root_of(model))):
         return estimate
     kind = _kind_of(model, kwargs["input_shape"] if "input_shape" in kwargs else args[0])
     setattr(model, ASKED, kind)

@@ -1,65 +1,182 @@
-"""What a model is made of: its blocks, its embeddings, and what stands beside them."""
+"""What a model is made of, found by its structure: its blocks, and what is called as a whole.
+
+A block is a member of a list of modules that holds a real share of the model. No class of model is
+known here by name.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 
-WAN_MODULES = "comfy.ldm.wan."
+from .module_calls import children_called_by, has_forward
+
+LISTS = (torch.nn.ModuleList, torch.nn.ModuleDict)
+
+# A list with a smaller share of a model's bytes stays resident.
+REAL_SHARE = 0.02
+
+# A ``Sequential`` member of a list with a larger share of the model is more than one block.
+LARGE_SHARE = 0.05
 
 # Modules that a Wan calls as a whole before its blocks, large enough to be worth moving. Their
 # names stand in every checkpoint.
 EMBEDDINGS = ("time_projection", "text_embedding", "img_emb")
 
-
-def is_wan(diffusion_model) -> bool:
-    """Whether a diffusion model is of a class that ComfyUI defines for Wan, or derived from one."""
-    return any(c.__module__.startswith(WAN_MODULES) for c in type(diffusion_model).__mro__)
+_Member = tuple[str, torch.nn.Module]
+_Members = list[_Member]
 
 
-def block_lists(diffusion_model: torch.nn.Module) -> dict[str, torch.nn.ModuleList]:
-    """The block lists of a Wan diffusion model by name; empty for any other model.
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Modules of a model that move together: one block, or an embedding.
 
-    Its further lists (``vace_blocks``) are told by holding the same kind of block as ``blocks``.
+    ``calls`` are the names of the modules whose calls want it: its own, and those of children that
+    are called by others.
     """
-    if not is_wan(diffusion_model):
-        return {}
-    lists = {
-        name: child
-        for name, child in diffusion_model.named_children()
-        if isinstance(child, torch.nn.ModuleList) and len(child)
-    }
-    if "blocks" not in lists:
-        return {}
-    kind = type(lists["blocks"][0])
-    return {name: child for name, child in lists.items() if isinstance(child[0], kind)}
+
+    name: str
+    module: torch.nn.Module
+    calls: tuple[str, ...]
 
 
-def embeddings(diffusion_model: torch.nn.Module) -> dict[str, torch.nn.Module]:
-    """The embeddings of a Wan diffusion model that may be swapped, by name."""
-    modules = {name: getattr(diffusion_model, name, None) for name in EMBEDDINGS}
-    return {name: module for name, module in modules.items() if module is not None}
+@dataclass(frozen=True, eq=False)
+class ModelParts:
+    """The parts of a model: ``blocks`` in the order in which they are likely to run.
+
+    ``tables`` are large tables of vectors that are looked up by the number of a token, of which a
+    pass needs a few rows.
+    """
+
+    blocks: tuple[Part, ...]
+    embeddings: tuple[Part, ...]
+    tables: tuple[Part, ...]
+
+    @property
+    def all(self) -> tuple[Part, ...]:
+        """The blocks, then the embeddings, then the tables."""
+        return self.blocks + self.embeddings + self.tables
+
+    def non_block(self, root: torch.nn.Module) -> set[int]:
+        """The ids of the tensors of ``root`` that belong to no part, or are tied to others."""
+        parts = [(id(m), part.name) for part in self.all for m in part.module.modules()]
+        shared = {module for module, count in Counter(m for m, _ in parts).items() if count > 1}
+        owners = dict(parts)
+        holders: dict[int, set[str | None]] = {}
+        for module in root.modules():
+            owner = None if id(module) in shared else owners.get(id(module))
+            for tensor in tensors_of(module, recurse=False):
+                holders.setdefault(id(tensor), set()).add(owner)
+        return {tensor for tensor, names in holders.items() if len(names) > 1 or None in names}
 
 
-def in_execution_order(
-    lists: dict[str, torch.nn.ModuleList],
-) -> list[tuple[str, int, torch.nn.Module]]:
-    """(list, position, block) of every block; lists of different length run side by side."""
-    blocks = [
-        ((position + 0.5) / len(modules), order, name, position, block)
-        for order, (name, modules) in enumerate(lists.items())
-        for position, block in enumerate(modules)
+def root_of(model: torch.nn.Module) -> torch.nn.Module:
+    """What of an inner model is split: its diffusion model; of others, as text encoders, all."""
+    diffusion_model = getattr(model, "diffusion_model", None)
+    return model if diffusion_model is None else diffusion_model
+
+
+def has_blocks(root: torch.nn.Module) -> bool:
+    """Whether a model has blocks to swap."""
+    return next(_lists(root, "", _nbytes(root)), None) is not None
+
+
+def parts_of(root: torch.nn.Module) -> ModelParts:
+    """The parts of a model; none where it has no lists that are worth it."""
+    whole = _nbytes(root)
+    blocks, seen = [], set()
+    for name, module in _in_execution_order(list(_lists(root, "", whole))):
+        if id(module) not in seen:  # one block in two places is one block
+            seen.update(map(id, module.modules()))
+            blocks.append(_part(root, name, module))
+    embeddings = [
+        _part(root, name, child)
+        for name, child in root.named_children()
+        if blocks and name in EMBEDDINGS and seen.isdisjoint(map(id, child.modules()))
     ]
-    return [entry[2:] for entry in sorted(blocks, key=lambda entry: entry[:2])]
+    tables = [
+        _part(root, name, module)
+        for name, module in root.named_modules()
+        if blocks
+        and isinstance(module, torch.nn.Embedding)
+        and id(module) not in seen
+        and _nbytes(module) >= REAL_SHARE * whole
+    ]
+    return ModelParts(tuple(blocks), tuple(embeddings), tuple(tables))
+
+
+def _in_execution_order(lists: Sequence[_Members]) -> Iterator[_Member]:
+    """The members of all lists: one list after the other, but for those that run side by side.
+
+    Such a list is told by blocks of a class that is derived from that of the other's.
+    """
+    kinds = [type(members[0][1]) for members in lists]
+    together: dict[int, list[int]] = {}
+    for index, kind in enumerate(kinds):
+        bases = (i for i, base in enumerate(kinds) if base is not kind and issubclass(kind, base))
+        together.setdefault(next(bases, index), []).append(index)
+    for indices in together.values():
+        places = [
+            ((position + 0.5) / len(lists[index]), index, member)
+            for index in indices
+            for position, member in enumerate(lists[index])
+        ]
+        yield from (member for *_, member in sorted(places, key=lambda place: place[:2]))
+
+
+def _part(root: torch.nn.Module, name: str, module: torch.nn.Module) -> Part:
+    above = {type(module) for module in _above(root, name)}
+    children = [f"{name}.{child}" for child in children_called_by(above, module)]
+    return Part(name, module, (name, *children) if has_forward(module) else tuple(children))
+
+
+def _above(root: torch.nn.Module, name: str) -> Iterator[torch.nn.Module]:
+    """The modules that hold the one called ``name``, from the root on."""
+    keys = name.split(".")
+    for depth in range(len(keys)):
+        yield root.get_submodule(".".join(keys[:depth]))
+
+
+def _lists(module: torch.nn.Module, name: str, whole: int) -> Iterator[_Members]:
+    """The members, by name, of the outermost lists with a real share of ``whole`` bytes."""
+    for key, child in module.named_children():
+        path = f"{name}.{key}" if name else key
+        if not isinstance(child, LISTS):
+            yield from _lists(child, path, whole)
+        elif _nbytes(child) >= max(1, REAL_SHARE * whole):
+            yield list(_members(child, path, whole))
+
+
+def _members(container: torch.nn.Module, name: str, whole: int) -> Iterator[_Member]:
+    """The blocks in a list: its members, but for lists and for long chains the members of those."""
+    for key, member in container.named_children():
+        path, nbytes = f"{name}.{key}", _nbytes(member)
+        chain = isinstance(member, torch.nn.Sequential) and nbytes > LARGE_SHARE * whole
+        if isinstance(member, LISTS) or chain:
+            yield from _members(member, path, whole)
+        elif isinstance(container, torch.nn.Sequential) and nbytes > LARGE_SHARE * whole:
+            # A link of a chain may be a transformer of its own.
+            lists = list(_lists(member, path, nbytes))
+            yield from itertools.chain(*lists) if lists else [(path, member)]
+        elif nbytes:
+            yield path, member
+
+
+def _nbytes(module: torch.nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in tensors_of(module))
 
 
 def modules_beside(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """What an inner model holds beside its diffusion model."""
-    return [child for name, child in model.named_children() if name != "diffusion_model"]
+    """What an inner model holds beside what is split."""
+    root = root_of(model)
+    return [] if root is model else [c for c in model.children() if c is not root]
 
 
-def tensors_of(module: torch.nn.Module) -> Iterator[torch.Tensor]:
-    """Every parameter and buffer of a module."""
-    yield from module.parameters()
-    yield from module.buffers()
+def tensors_of(module: torch.nn.Module, recurse: bool = True) -> Iterator[torch.Tensor]:
+    """Every parameter and buffer of a module, and of those in it unless not to ``recurse``."""
+    yield from module.parameters(recurse)
+    yield from module.buffers(recurse)

@@ -6,7 +6,7 @@ import torch
 
 from . import device_utils
 from .allocation_parser import Allocation, parse_allocation
-from .model_blocks import block_lists
+from .model_blocks import has_blocks, root_of
 
 # Where MultiGPU leaves the allocation, and where this plugin leaves its state: on the inner model,
 # which all clones of a patcher share.
@@ -30,12 +30,10 @@ def is_swapped_here(patcher) -> bool:
     model = patcher.model
     if hasattr(model, STATE):
         return True
-    diffusion_model = diffusion_model_of(model)
     return (
-        diffusion_model is not None
-        and bool(allocation_text(model))
+        bool(allocation_text(model))
         and not getattr(patcher, "is_dynamic", bool)()
-        and bool(block_lists(diffusion_model))
+        and has_blocks(root_of(model))
     )
 
 

@@ -1,7 +1,7 @@
 """The joins to ComfyUI's ``ModelPatcher``: loading, accounting and unloading of a swapped model.
 
-A Wan model that carries an allocation is loaded, accounted for and unloaded by this plugin; every
-other model goes on to whatever ComfyUI and MultiGPU would have done with it.
+A model with blocks that carries an allocation is loaded, accounted for and unloaded by this plugin;
+every other model goes on to whatever ComfyUI and MultiGPU would have done with it.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from .host_memory import (
     warn_if_ram_is_short,
     warn_if_too_little_is_left,
 )
-from .model_blocks import block_lists, is_wan, modules_beside
-from .model_lookup import STATE, allocation_text, diffusion_model_of, is_swapped_here
+from .model_blocks import has_blocks, modules_beside, root_of
+from .model_lookup import STATE, allocation_text, is_swapped_here
 from .packed_weights import copy_of
 from .patch_table import Patch
 from .swapped_model import SwappedModel
@@ -33,7 +33,7 @@ NO_BLOCKS = "_distorch2_no_blocks"
 
 
 def partially_load(ram_for: Callable[[int, object], int]):
-    """Load a Wan model by its split; its quota, not ``extra_memory``, says how much."""
+    """Load a model with blocks by its split; its quota, not ``extra_memory``, says how much."""
 
     def partially_load(wrapped, patcher, args, kwargs):
         if not is_swapped_here(patcher):
@@ -46,13 +46,13 @@ def partially_load(ram_for: Callable[[int, object], int]):
 
 
 def _say_if_blocks_are_missing(model) -> None:
-    """One line per model for a Wan that carries an allocation but has no blocks to swap."""
-    diffusion_model = diffusion_model_of(model)
-    if not allocation_text(model) or not is_wan(diffusion_model) or hasattr(model, NO_BLOCKS):
+    """One line per model for what carries an allocation but has no blocks to swap."""
+    if not allocation_text(model) or hasattr(model, NO_BLOCKS):
         return
-    if not block_lists(diffusion_model):
+    root = root_of(model)
+    if not has_blocks(root):
         setattr(model, NO_BLOCKS, True)
-        name = type(diffusion_model).__name__
+        name = type(root).__name__
         logger.warning(f"[MultiGPU] {name} has no blocks to swap: left to MultiGPU")
 
 

@@ -190,15 +190,22 @@ class Pack:
         self.views: tuple[torch.Tensor, ...] = ()
 
     @classmethod
-    def layout(cls, modules: Iterable[torch.nn.Module]) -> Pack:
-        """Lay out the tensors that hang directly on ``modules``; nothing is allocated or moved."""
+    def layout(
+        cls,
+        modules: Iterable[torch.nn.Module],
+        wanted: Callable[[torch.Tensor], bool] = lambda _: True,
+    ) -> Pack:
+        """Lay out the ``wanted`` tensors that hang directly on ``modules``.
+
+        Nothing is allocated or moved.
+        """
         weights: list[_Weight] = []
         offsets: dict[int, int] = {}  # tied tensors share one place
         end = 0
         for module in modules:
             for table in (module._parameters, module._buffers):
                 for name, tensor in table.items():
-                    if tensor is None:
+                    if tensor is None or not wanted(tensor):
                         continue
                     offset = offsets.setdefault(id(tensor), end)
                     weights.append(_Weight.of(table, name, offset))

@@ -68,11 +68,11 @@ class PassWatch:
                 self._on_pass_time(result)
 
     def begin(self, shape: object) -> None:
-        """A pass with inputs of ``shape`` begins."""
+        """A pass with inputs of ``shape`` begins; with ``None`` one that is not watched."""
         self._shape = shape
         if self._on_peak is not None:
             device_utils.reset_peak_memory(self._device)
-        if self._on_pass_time is None or stream_module(self._device) is None:
+        if self._on_pass_time is None or shape is None or stream_module(self._device) is None:
             return
         to_come = self._to_come.setdefault(shape, 2)
         if to_come == 2:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from .allocation_parser import GIB, MIB, Allocation, Quota
 
 
 @dataclass(frozen=True)
 class Block:
-    """One transformer block of a model, or an embedding: its name and its packed size in bytes."""
+    """What is placed and moved as one: its name and its packed size in bytes.
+
+    A transformer block, or an embedding.
+    """
 
     name: str
     nbytes: int
@@ -21,25 +25,27 @@ class ModelSizes:
 
     ``blocks`` are in execution order; ``non_block_bytes`` always stay on the compute device;
     ``min_slots`` is how many blocks the model's forward may hold at once. ``embeddings`` run once
-    before the blocks and are swapped like them where the quota has no room for them.
+    before the blocks and are swapped like them where the quota has no room for them. ``idle`` are
+    the indices of ``parts`` that no pass runs; they can still be called.
     """
 
     blocks: tuple[Block, ...]
     non_block_bytes: int
     min_slots: int = 1
     embeddings: tuple[Block, ...] = ()
+    idle: frozenset[int] = frozenset()
 
-    @property
+    @cached_property
     def parts(self) -> tuple[Block, ...]:
         """All that has a home of its own: the blocks, then the embeddings."""
         return self.blocks + self.embeddings
 
-    @property
+    @cached_property
     def largest_block(self) -> int:
         """Bytes of the largest block."""
         return max(block.nbytes for block in self.blocks)
 
-    @property
+    @cached_property
     def total_bytes(self) -> int:
         """Bytes of all weights."""
         return self.non_block_bytes + sum(part.nbytes for part in self.parts)
@@ -65,22 +71,35 @@ class Split:
         """Where every block runs."""
         return self.allocation.compute_device
 
-    @property
+    @cached_property
     def swapped(self) -> tuple[int, ...]:
         """Indices of the parts whose home is a donor."""
         return tuple(i for i, home in enumerate(self.homes) if home != self.compute_device)
 
-    @property
+    @cached_property
+    def running(self) -> tuple[int, ...]:
+        """Of those, the ones that a pass runs."""
+        return tuple(i for i in self.swapped if i not in self.sizes.idle)
+
+    @cached_property
     def slot_bytes(self) -> int:
-        """Bytes of one slot: the largest swapped part."""
+        """Bytes of one slot: the largest swapped part, whether it ever runs or not."""
         return max((self.sizes.parts[i].nbytes for i in self.swapped), default=0)
 
     @property
     def bytes_per_pass(self) -> int:
         """Bytes that one forward pass copies to the compute device, once the slots are warm."""
-        if len(self.swapped) <= self.slots:
-            return 0
-        return sum(self.sizes.parts[i].nbytes for i in self.swapped)
+        return sum(self.moved_from().values())
+
+    def moved_from(self) -> dict[str, int]:
+        """Of these, the bytes from each donor that any come from."""
+        running = self.running
+        if len(running) <= self.slots:
+            return {}
+        moved = dict.fromkeys((self.homes[i] for i in running), 0)
+        for i in running:
+            moved[self.homes[i]] += self.sizes.parts[i].nbytes
+        return moved
 
     @property
     def compute_bytes(self) -> int:
@@ -136,6 +155,12 @@ class Split:
         for part, home in zip(self.sizes.embeddings, self._embedding_homes(), strict=True):
             if home != self.compute_device:
                 lines.append(f"  {part.name}: {format_bytes(part.nbytes)}, swapped from {home}")
+        if self.sizes.idle:
+            idle = [i for i in self.swapped if i in self.sizes.idle]
+            lines.append(
+                f"  {len(self.sizes.idle)} that no pass has run: {len(idle)} of them swapped, "
+                f"moved when they are called"
+            )
         lines.append(
             f"  each forward pass moves {format_bytes(self.bytes_per_pass)} to "
             f"{self.compute_device}"

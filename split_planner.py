@@ -6,13 +6,25 @@ the same input always gives the same split.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from fractions import Fraction
-from itertools import combinations
+from itertools import accumulate
 
 from .allocation_parser import CPU, Allocation, Mode, Quota
+from .pass_schedule import Timing, assumed_timing, predict
 from .split import ModelSizes, Split, format_bytes
+from .swap_choice import Choice, Room, choices, compute_bytes
+
+# How long a block computes against how long it is copied, where no pass was timed yet: the sum of
+# the times decides. With 0 the fewest bytes are best. With 1 they may lie anywhere, but not where a
+# block waits for one that is larger. (Between these, copies that are spread over all of the pass
+# take up to a quarter less: that is left to the first timed pass.)
+ASSUMED_RATIOS = (0.0, 1.0)
+
+# As a share of a slot: what is smaller is not moved back for the room that is left.
+WORTH_RETURNING = 1 / 16
 
 
 def plan_split(
@@ -20,68 +32,146 @@ def plan_split(
     sizes: ModelSizes,
     device_memory: Mapping[str, int],
     spare: Mapping[str, int] | None = None,
+    timing: Timing | None = None,
 ) -> Split:
     """Decide the home of every block and embedding.
 
     Quotas are filled in the order written and never exceeded, except for the wildcard's and
     except that the compute device always gets the floor: non-block weights and slots.
     ``device_memory`` maps device names to their total bytes, ``spare`` those whose amount is
-    ``auto`` to the bytes that they have for weights.
+    ``auto`` to the bytes that they have for weights. ``timing``, where it is known, decides between
+    large slots and small ones for blocks of different sizes.
     """
     quotas = allocation.quotas(sizes.total_bytes, device_memory, spare)
     compute = allocation.compute_device
     if compute == CPU:
         return Split(allocation, sizes, quotas, (CPU,) * len(sizes.parts), slots=0)
-    room = _Room.of(allocation, quotas)
-    swapped, slots = _choose_swapped(sizes, room)
-    homes = _choose_donors(sizes, swapped, [q for q in quotas if q.device != compute])
-    _fill_owed(sizes, homes, slots, room)
-    slots = min(slots, len(homes))
-    homes_by_index = tuple(homes.get(i, compute) for i in range(len(sizes.parts)))
-    split = Split(allocation, sizes, quotas, homes_by_index, slots)
+    room = Room.of(allocation, quotas)
+    split = _best_split(Split(allocation, sizes, quotas, (), slots=0), room, timing)
     notes = (*_floor_note(split, room), *_overflow_note(split), *_memory_note(split, device_memory))
-    return Split(allocation, sizes, quotas, homes_by_index, slots, notes)
+    return replace(split, notes=notes)
+
+
+def replan_split(split: Split, timing: Timing) -> Split:
+    """The split that is best by ``timing``, with no more on the compute device than ``split``."""
+    room = Room.of(split.allocation, split.quotas)
+    room = replace(room, compute_bytes=split.compute_bytes, given=True)
+    return _best_split(split, room, timing)
+
+
+def _best_split(frame: Split, room: Room, timing: Timing | None) -> Split:
+    """``frame`` with the homes and slots that take the least time, by ``timing`` or as assumed."""
+    splits = [_placed(frame, choice, room) for choice in choices(frame.sizes, room)]
+    if len(splits) == 1:
+        return splits[0]
+    times = [timing] if timing else [assumed_timing(frame.sizes, ratio) for ratio in ASSUMED_RATIOS]
+    return min(splits, key=lambda split: sum(predict(split, each) for each in times))
+
+
+def _placed(frame: Split, choice: Choice, room: Room) -> Split:
+    """``frame`` with the swapped parts of ``choice`` on its donors."""
+    sizes, compute = frame.sizes, frame.compute_device
+    donors = [quota for quota in frame.quotas if quota.device != compute]
+    homes = _choose_donors(sizes, choice.swapped, donors)
+    _fill_owed(sizes, homes, choice.slots, room)
+    # No more than take turns, though what never runs needs some to be called in.
+    running = sum(index not in sizes.idle for index in homes)
+    slots = min(choice.slots, max(running, min(sizes.min_slots, len(homes))))
+    homes_by_index = tuple(homes.get(i, compute) for i in range(len(sizes.parts)))
+    return replace(frame, homes=homes_by_index, slots=slots, notes=())
 
 
 def refit_split(split: Split, wanted: Split) -> Split:
-    """``wanted`` with as few blocks moved from where ``split`` has them as its bytes allow.
+    """``wanted`` with as few bytes moved from where ``split`` has them as its bytes allow.
 
     Both are splits of one model by one allocation, for other amounts of memory. Blocks leave the
     compute device, or return to it, where that spreads the swapped ones most evenly. ``wanted``
     itself, where the embeddings move or the number of slots changes.
     """
-    sizes, compute, count = split.sizes, split.compute_device, len(split.sizes.blocks)
+    count = len(split.sizes.blocks)
     if split.homes[count:] != wanted.homes[count:] or split.slots != wanted.slots:
         return wanted
-    homes, limit = list(split.homes), wanted.compute_bytes
+    return fit_split(replace(wanted, homes=split.homes), wanted.compute_bytes) or wanted
 
-    def fitted() -> Split:
-        return replace(wanted, homes=tuple(homes))
 
-    def gaps(index: int) -> tuple[int, int]:
-        """Distances to the other swapped blocks before and behind, around the end of the pass."""
-        others = [i for i in range(count) if homes[i] != compute and i != index]
-        before = min(((index - i) % count for i in others), default=count)
-        return before, min(((i - index) % count for i in others), default=count)
+def fit_split(split: Split, limit: int) -> Split | None:
+    """``split`` with as few blocks moved as it takes for ``limit`` bytes on the compute device.
 
-    while fitted().compute_bytes > limit:
-        resident = [i for i in range(count) if homes[i] == compute]
-        if not resident:  # blocks of very different sizes: a slot is as large as the largest
-            return wanted
-        index = max(resident, key=lambda i: min(gaps(i)))
-        donor = donor_with_room(fitted(), sizes.blocks[index].nbytes)
+    Less than a block less, where one could return. Slots grow no larger; ``None`` where nothing
+    that fits them is left to be swapped, or no donor has room.
+    """
+    blocks, compute, slot = split.sizes.blocks, split.compute_device, split.slot_bytes
+    left: list[int] = []
+    while (missing := split.compute_bytes - limit) > 0:
+        may = [i for i, b in enumerate(blocks) if split.homes[i] == compute and b.nbytes <= slot]
+        # One that suffices or is a large part of that, so that few move.
+        enough = min(missing, max((blocks[i].nbytes for i in may), default=0)) / 2
+        may = [i for i in may if blocks[i].nbytes > enough]
+        if not may:
+            return None
+        index = most_apart(split, may)[0]
+        donor = donor_with_room(split, blocks[index].nbytes)
         if donor is None:
-            return wanted
-        homes[index] = donor
+            return None
+        left.append(index)
+        split = with_home(split, index, donor)
     while True:
-        swapped = [i for i in range(count) if homes[i] != compute]
-        if len(swapped) <= 1:
-            return fitted()
-        index = min(swapped, key=lambda i: sum(gaps(i)))
-        before, homes[index] = homes[index], compute
-        if fitted().compute_bytes > limit:
-            homes[index] = before
-            return fitted()
+        swapped = [i for i in left or split.swapped if i < len(blocks)]
+        fitting = _fitting_back(split, limit)
+        may = [i for i in swapped if i in fitting]
+        largest = max((blocks[i].nbytes for i in may), default=0)
+        if not largest > WORTH_RETURNING * slot or len(swapped) <= 1:
+            return split
+        may = [i for i in may if blocks[i].nbytes > largest / 2]
+        split = with_home(split, most_crowded(split, may)[0], compute)
+
+
+def with_home(split: Split, index: int, home: str) -> Split:
+    """``split`` with one part moved."""
+    return replace(split, homes=(*split.homes[:index], home, *split.homes[index + 1 :]))
+
+
+def most_apart(split: Split, blocks: Sequence[int]) -> list[int]:
+    """``blocks`` from the one that is farthest from any swapped one; first what never runs."""
+    gaps, idle = _gaps(split, blocks), split.sizes.idle
+    return sorted(blocks, key=lambda i: (i not in idle, -min(gaps[i])))
+
+
+def most_crowded(split: Split, blocks: Sequence[int]) -> list[int]:
+    """``blocks`` from the one that has others swapped next to it; last what never runs."""
+    gaps, idle = _gaps(split, blocks), split.sizes.idle
+    return sorted(blocks, key=lambda i: (i in idle, sum(gaps[i])))
+
+
+def _gaps(split: Split, blocks: Sequence[int]) -> dict[int, tuple[int, int]]:
+    """From each block to the other swapped ones before and behind, around the end of the pass.
+
+    In bytes of what runs, which stand for time.
+    """
+    sizes = split.sizes
+    counted = (0 if i in sizes.idle else block.nbytes for i, block in enumerate(sizes.blocks))
+    *starts, whole = accumulate(counted, initial=0)
+    swapped = [i for i in split.running if i < len(sizes.blocks)]
+    if not swapped or not whole:
+        return dict.fromkeys(blocks, (whole, whole))
+    gaps = {}
+    for index in blocks:
+        position = bisect_left(swapped, index)
+        behind = position + (position < len(swapped) and swapped[position] == index)
+        # Around the end: the last one comes before the first.
+        others = swapped[position - 1], swapped[behind % len(swapped)]
+        before, after = starts[index] - starts[others[0]], starts[others[1]] - starts[index]
+        gaps[index] = (before % whole or whole, after % whole or whole)
+    return gaps
+
+
+def _fitting_back(split: Split, limit: int) -> set[int]:
+    """The swapped parts that the compute device has room for; slots may get smaller by one."""
+    nbytes = {i: split.sizes.parts[i].nbytes for i in split.swapped}
+    largest, next_largest = (*sorted(nbytes.values(), reverse=True), 0, 0)[:2]
+    spare = limit - split.compute_bytes
+    smaller = split.slots * (largest - next_largest)
+    return {i for i, n in nbytes.items() if n - (smaller if n == largest else 0) <= spare}
 
 
 def donor_with_room(split: Split, nbytes: int) -> str | None:
@@ -92,132 +182,6 @@ def donor_with_room(split: Split, nbytes: int) -> str | None:
         if quota.wildcard or has_room:
             return quota.device
     return None
-
-
-@dataclass(frozen=True)
-class _Room:
-    """What bounds the choice of swapped blocks.
-
-    ``compute_bytes``: the compute device's quota, ``None`` without limit. ``given``: whether there
-    is such a quota, and ``firm``: whether the user wrote that number. ``owed``: the donors that are
-    filled before the compute device gets anything.
-    """
-
-    compute_bytes: int | None
-    given: bool
-    firm: bool
-    owed: tuple[Quota, ...]
-
-    @classmethod
-    def of(cls, allocation: Allocation, quotas: Sequence[Quota]) -> _Room:
-        named = [quota.device for quota in quotas]
-        if allocation.compute_device not in named:
-            return cls(0, given=False, firm=False, owed=())
-        position = named.index(allocation.compute_device)
-        quota = quotas[position]
-        # A wildcard is served last, wherever it is written.
-        before = quotas if quota.wildcard else quotas[:position]
-        owed = tuple(q for q in before if q.device != quota.device and q.nbytes is not None)
-        limit = None if quota.wildcard else quota.nbytes
-        firm = allocation.mode is not Mode.VIRTUAL_VRAM
-        return cls(limit, given=True, firm=firm, owed=owed)
-
-    def holds(self, nbytes: int) -> bool:
-        return self.compute_bytes is None or nbytes <= self.compute_bytes
-
-
-def _choose_swapped(sizes: ModelSizes, room: _Room) -> tuple[tuple[int, ...], int]:
-    """The swapped parts and the number of slots.
-
-    With swapped blocks evenly spread, a step costs max(compute, transfer) exactly if block j can
-    be placed in a window of (slots - 1) * L / N - 1 blocks: two slots give every window an integer
-    while at most half of the L blocks (or all of them) are swapped, three slots always do. Every
-    block that the forward holds beside the one that its loop is at takes one slot more.
-
-    One slot does not overlap, which costs more than moving embeddings: they go first.
-    """
-    count = len(sizes.blocks)
-    owed = _count_owed(sizes, room.owed)
-    two, three = sizes.min_slots + 1, sizes.min_slots + 2
-    if owed == 0 and room.holds(sizes.total_bytes):
-        return (), two
-    for slots in (two, sizes.min_slots):
-        for embeddings in _embedding_choices(sizes):
-            swapped = _fewest_swapped(sizes, room, slots, owed, embeddings)
-            if swapped is None:
-                continue
-            if slots == two and not embeddings and count < 2 * len(swapped) < 2 * count:
-                more = _fewest_swapped(sizes, room, three, owed, embeddings)
-                if more is not None:
-                    return more, three
-            return swapped, slots
-    slots = sizes.min_slots if room.firm else two
-    blocks = tuple(range(count))
-    if not room.given:
-        return blocks, slots
-    choices = [blocks + embeddings for embeddings in _embedding_choices(sizes)]
-    return min(choices, key=lambda swapped: _compute_bytes(sizes, swapped, slots)), slots
-
-
-def _embedding_choices(sizes: ModelSizes) -> Iterator[tuple[int, ...]]:
-    """Which embeddings to swap: none first, then those that move the fewest bytes."""
-    first, last = len(sizes.blocks), len(sizes.parts)
-    choices = [
-        choice
-        for number in range(last - first + 1)
-        for choice in combinations(range(first, last), number)
-    ]
-    yield from sorted(choices, key=lambda choice: sum(sizes.parts[i].nbytes for i in choice))
-
-
-def _fewest_swapped(
-    sizes: ModelSizes, room: _Room, slots: int, owed: int, embeddings: tuple[int, ...]
-) -> tuple[int, ...] | None:
-    """``embeddings`` and the fewest blocks, at least ``owed``, that leave the rest room."""
-    count = len(sizes.blocks)
-    for number in range(max(owed, 1), count + 1):
-        swapped = spread(number, count)
-        if room.holds(_compute_bytes(sizes, swapped + embeddings, slots)):
-            break
-    else:
-        return None
-    if number > owed:
-        # Blocks of different sizes can leave room for one more: keep it resident.
-        for index in sorted(swapped, key=lambda i: -sizes.blocks[i].nbytes):
-            fewer = tuple(i for i in swapped if i != index)
-            needed = _compute_bytes(sizes, fewer + embeddings, slots)
-            if len(fewer) >= owed and room.holds(needed):
-                swapped = fewer
-    return swapped + embeddings
-
-
-def _compute_bytes(sizes: ModelSizes, swapped: tuple[int, ...], slots: int) -> int:
-    away = [sizes.parts[i].nbytes for i in swapped]
-    return sizes.total_bytes - sum(away) + min(slots, len(away)) * max(away, default=0)
-
-
-def spread(number: int, count: int) -> tuple[int, ...]:
-    """``number`` of ``count`` positions, evenly spread, each as late as its share allows.
-
-    Late, because then the copies of a first pass have resident blocks to hide behind.
-    """
-    return tuple(-(-(j + 1) * count // number) - 1 for j in range(number))
-
-
-def _count_owed(sizes: ModelSizes, owed: tuple[Quota, ...]) -> int:
-    """How many evenly spread blocks fit in the quotas ``owed``, filled one after another."""
-    count = len(sizes.blocks)
-    for number in range(count, 0, -1):
-        left = [quota.nbytes or 0 for quota in owed]
-        for index in spread(number, count):
-            nbytes = sizes.blocks[index].nbytes
-            fitting = next((k for k, room in enumerate(left) if room >= nbytes), None)
-            if fitting is None:
-                break
-            left[fitting] -= nbytes
-        else:
-            return number
-    return 0
 
 
 def _choose_donors(
@@ -239,7 +203,9 @@ def _choose_donors(
         candidates = candidates or [device for device in shares if fits(device, nbytes)]
         if not candidates:
             continue  # The compute device is the wildcard: what no donor can hold stays there.
-        home = min(candidates, key=lambda d: Fraction(used[d] + nbytes, shares[d] or 1))
+        home = candidates[0]
+        if len(candidates) > 1:
+            home = min(candidates, key=lambda d: Fraction(used[d] + nbytes, shares[d] or 1))
         homes[index] = home
         used[home] += nbytes
     # Rounding to whole blocks may leave room on a donor that comes first: fill it, from what comes
@@ -262,7 +228,7 @@ def _choose_donors(
     return homes
 
 
-def _fill_owed(sizes: ModelSizes, homes: dict[int, str], slots: int, room: _Room) -> None:
+def _fill_owed(sizes: ModelSizes, homes: dict[int, str], slots: int, room: Room) -> None:
     """Blocks of different sizes can leave room on donors that come before the compute device."""
     for quota in room.owed:
         placed = (sizes.parts[i].nbytes for i, home in homes.items() if home == quota.device)
@@ -271,7 +237,7 @@ def _fill_owed(sizes: ModelSizes, homes: dict[int, str], slots: int, room: _Room
             more = (*homes, index)
             if index in homes or block.nbytes > left:
                 continue
-            if room.holds(_compute_bytes(sizes, more, slots)):
+            if room.holds(compute_bytes(sizes, more, slots)):
                 homes[index] = quota.device
                 left -= block.nbytes
 
@@ -291,7 +257,7 @@ def _donor_shares(sizes: Sequence[int], donors: Sequence[Quota]) -> dict[str, in
     return shares
 
 
-def _floor_note(split: Split, room: _Room) -> tuple[str, ...]:
+def _floor_note(split: Split, room: Room) -> tuple[str, ...]:
     named = any(quota.device == split.compute_device for quota in split.quotas)
     if not named or room.holds(split.compute_bytes):
         return ()

@@ -1,144 +1,97 @@
-"""How long a forward pass of a split takes: the order of copies and computation, in numbers.
+"""Which split is faster by the time of a forward pass, and how little memory costs no time.
 
-Pure arithmetic over a ``Split``: ``predict`` follows the rules of ``swap_executor``, ``improve``
-exchanges slots for resident blocks where that pays, ``cheapest_quota`` says how little memory costs
-no time. Nothing is measured or moved here.
+Pure arithmetic over a ``Split`` and what ``pass_schedule`` predicts of it: ``improve`` exchanges
+slots for resident blocks where that pays, ``cheapest_quota`` says how little memory costs no time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from bisect import bisect_left
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+from statistics import median_low
 
 from .allocation_parser import GIB, MIB, Allocation, Entry, Mode
+from .pass_schedule import ASSUMED_BANDWIDTH, Timing, assumed_timing, predict, transfer_seconds
 from .split import Split
-from .split_planner import donor_with_room, plan_split
-
-# Passes until the schedule repeats; the order of copies goes on from one pass to the next.
-WARM_UP = 4
-MEASURED = 2
+from .split_planner import (
+    donor_with_room,
+    fit_split,
+    most_apart,
+    most_crowded,
+    plan_split,
+    replan_split,
+    with_home,
+)
+from .swap_choice import first_that
 
 # As a share of a pass: less is not worth moving a block for, more is not free.
 WORTH = 0.02
 FREE = 0.02
 
-# A link that nobody has timed yet: PCIe 4.0 with eight lanes, in bytes per second.
-ASSUMED_BANDWIDTH = 12e9
-
-
-@dataclass(frozen=True)
-class Timing:
-    """What a timed forward pass has shown, in seconds; waiting for copies is counted nowhere.
-
-    ``compute`` is what the blocks take, ``before`` and ``after`` what the forward does before the
-    first and behind the last of them, ``between`` the pause until the next pass begins.
-    ``bandwidth`` is that of the link from each donor, in bytes a second.
-    """
-
-    compute: float
-    bandwidth: Mapping[str, float]
-    before: float = 0.0
-    after: float = 0.0
-    between: float = 0.0
-
-    @property
-    def resident(self) -> float:
-        """Seconds of a pass with everything resident."""
-        return self.before + self.compute + self.after
-
-    def transfer(self, donor: str, nbytes: int) -> float:
-        """Seconds that ``nbytes`` from ``donor`` are under way."""
-        return nbytes / self.bandwidth.get(donor, ASSUMED_BANDWIDTH)
+# Exchanges that are tried: as many as a few milliseconds allow.
+TRIED_STEPS = 2400
+LEAST_TRIED = 10
 
 
 def transfer_line(split: Split) -> str:
     """For the table, before any pass was timed: how long the copies of a pass take."""
-    devices = {split.homes[i] for i in split.swapped}
-    nbytes = {donor: split.bytes_per_pass and split.bytes_on(donor) for donor in devices}
-    seconds = max(nbytes.values(), default=0) / ASSUMED_BANDWIDTH
+    seconds = transfer_seconds(split, assumed_timing(split.sizes, 0.0))
     return f"  that takes {seconds:.3g} s at {ASSUMED_BANDWIDTH / 1e9:.0f} GB/s (assumed)"
 
 
-def predict(split: Split, timing: Timing) -> float:
-    """Seconds of a forward pass in the steady state, the pause between passes not counted.
-
-    Blocks compute for equal shares of ``timing.compute``, swapped embeddings for equal shares of
-    ``timing.before``. Copies of one link queue up behind each other; each waits until its slot is
-    free, each block for its copy.
-    """
-    blocks = len(split.sizes.blocks)
-    if len(split.swapped) <= split.slots:
-        return timing.resident
-    share = timing.compute / blocks
-    order = [*range(blocks, len(split.sizes.parts)), *range(blocks)]
-    copies = {
-        i: (split.homes[i], timing.transfer(split.homes[i], split.sizes.parts[i].nbytes))
-        for i in split.swapped
-    }
-    link_free = dict.fromkeys(split.homes, 0.0)
-    # In the order in which they are taken. What the forward holds beside the block that its loop is
-    # at keeps a slot each.
-    slot_free = [0.0] * max(1, split.slots - split.sizes.min_slots + 1)
-    leading = [i for i in order if i >= blocks and i in copies]
-    shares = dict.fromkeys(leading, timing.before / max(1, len(leading)))
-    shares |= dict.fromkeys(range(blocks), share)
-    now, passes = 0.0, []
-    for _ in range(WARM_UP + MEASURED):
-        start = now
-        if not leading:
-            now += timing.before
-        for index in order:
-            if index in copies:
-                home, seconds = copies[index]
-                arrival = max(link_free[home], slot_free.pop(0)) + seconds
-                link_free[home] = arrival
-                now = max(now, arrival)
-            now += shares.get(index, 0.0)
-            if index in copies:
-                slot_free.append(now)
-        now += timing.after
-        passes.append(now - start)
-        now += timing.between
-    return sum(passes[-MEASURED:]) / MEASURED
-
-
 def improve(split: Split, timing: Timing) -> Split:
-    """The split with slots and resident blocks exchanged, one at a time, while that saves time.
+    """The split with slots and resident blocks exchanged while that saves time.
 
-    No device holds more than before, but donors within their quotas. The same split where nothing
-    is saved.
+    One slot at a time; where blocks differ in size, also all slots for smaller or larger ones. No
+    device holds more than before, but donors within their quotas. The same split where nothing is
+    saved.
     """
     best, seconds = split, predict(split, timing)
+    others = list(_other_slots(split, timing))
     while True:
-        candidates = [(predict(other, timing), other) for other in _exchanges(best)]
+        candidates = [(predict(other, timing), other) for other in (*others, *_exchanges(best))]
         faster, other = min(candidates, key=lambda c: c[0], default=(seconds, best))
         if not faster < (1 - WORTH) * seconds:  # nor where a time is no number
             return best
-        best, seconds = other, faster
+        best, seconds, others = other, faster, []
+
+
+def _other_slots(split: Split, timing: Timing) -> Iterator[Split]:
+    """The split that a plan by ``timing`` gives, where its slots are of another size."""
+    if split.swapped:
+        other = replan_split(split, timing)
+        if other.slot_bytes != split.slot_bytes and other.compute_bytes <= split.compute_bytes:
+            yield other
 
 
 def _exchanges(split: Split) -> Iterator[Split]:
-    """Splits with one slot less and one resident block more, and the reverse."""
-    least = split.sizes.min_slots
-    blocks = range(len(split.sizes.blocks))
-    compute = split.compute_device
+    """Splits with one slot less and one resident block more, and the reverse.
+
+    Of many blocks the most promising. Where they differ in size, also as many blocks as it takes.
+    """
+    least, compute, blocks = split.sizes.min_slots, split.compute_device, split.sizes.blocks
+    few = max(LEAST_TRIED, TRIED_STEPS // len(blocks))
+    others: list[tuple[Split | None, int]] = []
     if split.slots > least:
-        for index in blocks:
-            if split.homes[index] != compute:
-                yield from _within(split, index, compute, split.slots - 1)
+        swapped = [i for i in split.swapped if i < len(blocks)]
+        likely = sorted(most_crowded(split, swapped)[:few])
+        others += ((with_home(split, i, compute), split.slots - 1) for i in likely)
+        others.append((split, split.slots - 1))
     if 0 < split.slots < least + 2:
-        for index in blocks:
-            if split.homes[index] == compute:
-                donor = donor_with_room(split, split.sizes.blocks[index].nbytes)
-                if donor is not None:
-                    yield from _within(split, index, donor, split.slots + 1)
-
-
-def _within(split: Split, index: int, home: str, slots: int) -> Iterator[Split]:
-    homes = (*split.homes[:index], home, *split.homes[index + 1 :])
-    other = replace(split, homes=homes, slots=slots)
-    if other.swapped and other.compute_bytes <= split.compute_bytes:
-        yield other
+        resident = [i for i in range(len(blocks)) if split.homes[i] == compute]
+        for index in sorted(most_apart(split, resident)[:few]):
+            donor = donor_with_room(split, blocks[index].nbytes)
+            if donor is not None:
+                others.append((with_home(split, index, donor), split.slots + 1))
+        others.append((split, split.slots + 1))
+    for other, slots in others:
+        changed = replace(other, slots=slots)
+        if other is split:
+            changed = fit_split(changed, split.compute_bytes)
+        if changed and changed.swapped and changed.compute_bytes <= split.compute_bytes:
+            yield changed
 
 
 def cheapest_quota(split: Split, timing: Timing) -> Split | None:
@@ -146,19 +99,42 @@ def cheapest_quota(split: Split, timing: Timing) -> Split | None:
 
     Everything that is swapped lives on the first donor. ``None`` where the CPU computes.
     """
-    donor = next((d for d in split.devices() if d != split.compute_device), None)
+    sizes, compute = split.sizes, split.compute_device
+    donor = next((d for d in split.devices() if d != compute), None)
     if donor is None:
         return None
-    block = max(part.nbytes for part in split.sizes.blocks)
-    for number in range(1, len(split.sizes.blocks) + 1):
-        quota = split.sizes.total_bytes - (len(split.sizes.blocks) - number) * block
-        entries = (Entry(split.compute_device, quota), Entry(donor, None, wildcard=True))
-        text = f"{split.compute_device},{quota}b;{donor},*"
-        allocation = Allocation(text, split.compute_device, Mode.BYTES, entries)
-        other = plan_split(allocation, split.sizes, {})
-        if predict(other, timing) <= (1 + FREE) * timing.resident:
-            return other
-    return other
+    nbytes = [block.nbytes for block in sizes.blocks]
+    step = max(1, median_low(nbytes), max(nbytes) // 4)
+    steps = -(-sum(nbytes) // step)
+    idle = sum(sizes.parts[i].nbytes for i in sizes.idle)
+    free = (1 + FREE) * timing.resident
+
+    def quota(number: int) -> int:
+        return max(0, sizes.total_bytes - (steps - number) * step)
+
+    @cache
+    def plan(number: int) -> Split:
+        entries = (Entry(compute, quota(number)), Entry(donor, None, wildcard=True))
+        text = f"{compute},{quota(number)}b;{donor},*"
+        allocation = Allocation(text, compute, Mode.BYTES, entries)
+        return plan_split(allocation, sizes, {}, timing=timing)
+
+    # While no block computes, no more is copied than slots hold, and the embeddings.
+    around = timing.before + timing.after
+    ahead = (sizes.min_slots + 2) * max(part.nbytes for part in sizes.parts)
+    ahead += sum(part.nbytes for part in sizes.embeddings)
+    hidden = free - around + min(around + timing.between, timing.transfer(donor, ahead))
+
+    def may_be_free(number: int) -> bool:
+        moved = sizes.total_bytes - idle - quota(number) + min(nbytes)
+        return not timing.transfer(donor, moved) > hidden
+
+    def is_free(number: int) -> bool:
+        return predict(plan(number), timing) <= free
+
+    # Mostly one of the first that the link allows.
+    first = min(steps, 1 + bisect_left(range(1, steps + 1), True, key=may_be_free))
+    return plan(first_that(is_free, first, steps))
 
 
 def report(split: Split, timing: Timing, cheapest: Split | None) -> str:

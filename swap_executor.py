@@ -11,18 +11,20 @@ import logging
 import sys
 import traceback
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
 
 from . import device_utils
-from .block_views import BlockList, SwappedModule, entry_points
+from .block_order import BlockOrders
 from .device_utils import running_on, synchronize
 from .donor_link import Links, Slot, Use
+from .module_calls import CallSite
 from .packed_weights import Pack, ordinary_tensors
 from .page_locks import PageLocks
 from .pass_watch import PassWatch
+from .swap_hooks import drive, holds
 
 logger = logging.getLogger("MultiGPU")
 
@@ -30,16 +32,15 @@ logger = logging.getLogger("MultiGPU")
 class BlockSwap:
     """Runs the blocks of one model on ``compute_device``, wherever their homes are.
 
-    ``packs`` holds one ``Pack`` per block in execution order, ``lists`` names the model's block
-    lists and gives, for each of their modules, the index of its pack. ``embeddings`` names modules
-    of the model that run before the blocks and are called as a whole, and gives the index of their
-    packs, ``beside`` the packs that are not swapped. ``update`` and ``allocate_slots`` come before
-    the first pass.
+    ``packs`` holds one ``Pack`` per block, ``calls`` the names of the modules whose calls want it,
+    and ``leading`` the indices of those that run before the blocks proper; both are in the order
+    that is likely until a pass has shown it. ``tables`` are packs of which a pass needs a few rows,
+    by the names of the modules that look them up; ``beside`` are others that are not swapped.
+    ``update`` and ``allocate_slots`` come before the first pass.
 
-    Inside a pass the model's own loop drives the swap: the block lists are views that bring a
-    block in, yield it, and release it when the loop comes back; so are swapped embeddings, around
-    their call. Nothing swapped travels back, and after a pass, however it ends, every tensor is at
-    home.
+    The model's own forward drives the swap: a block is brought in when it is called, and kept until
+    another one is called or the pass ends. A pass is the outermost call of whatever holds blocks.
+    Nothing swapped travels back, and after a pass, however it ends, every tensor is at home.
 
     """
 
@@ -47,8 +48,9 @@ class BlockSwap:
         self,
         compute_device: torch.device,
         packs: Sequence[Pack],
-        lists: Mapping[str, Sequence[int]],
-        embeddings: Mapping[str, int] | None = None,
+        calls: Sequence[Sequence[str]],
+        leading: Collection[int] = (),
+        tables: Mapping[str, Pack] | None = None,
         locks: PageLocks | None = None,
         beside: Sequence[Pack] = (),
     ):
@@ -57,14 +59,17 @@ class BlockSwap:
         self._packs = tuple(packs)
         # Lives as long as copies may be on their way: what dies unlocks its homes, after those.
         self._beside = tuple(beside)
-        self._lists = dict(lists)
-        self._embeddings = dict(embeddings or {})
+        self.calls = tuple(tuple(names) for names in calls)
+        self._leading = frozenset(leading)
+        self.tables = dict(tables or {})
         self._slots: list[Slot] = []
         self.links = Links(compute_device, locks)
         self._swapped: frozenset[int] = frozenset()
-        self._order: list[int] = []
-        self._trace: list[int] = []
-        self._cursor = 0
+        self._order = BlockOrders(functools.partial(_blocks_of, self.calls, self._leading))
+        self._sites: list[CallSite] = []
+        self._ran: set[int] = set()
+        self._running: dict[int, Use | None] = {}  # blocks whose calls have not returned
+        self._kept: list[Use | None] = []  # of those whose calls have
         self._depth = 0
         self.watch = PassWatch(compute_device)
         self._last_slot: dict[int, Slot] = {}
@@ -72,7 +77,6 @@ class BlockSwap:
         # Gets the bytes that a pass could not have, and says whether it has made room for them:
         # what ran out of memory is then run again.
         self.on_missing: Callable[[int], bool] | None = None
-        self._views: dict[str, BlockList | SwappedModule] = {}
         self._inside = ExitStack()
         # Slots and homes must outlive the copies that are still on their way.
         finalizer = weakref.finalize(self, self.links.close)
@@ -88,10 +92,9 @@ class BlockSwap:
         """
         self._slots_wanted = slots
         self.watch.drop_timer()
-        first = list(self._embeddings.values())
-        execution = first + [i for i in range(len(self._packs)) if i not in first]
-        self._order = [i for i in execution if self._packs[i].device != self.compute_device]
-        self._swapped = frozenset(self._order)
+        self._swapped = frozenset(
+            i for i, pack in enumerate(self._packs) if pack.device != self.compute_device
+        )
         if any(slot.buffer.nbytes != self._block_bytes() for slot in self._slots):
             self._slots.clear()
         del self._slots[slots:]
@@ -124,9 +127,14 @@ class BlockSwap:
             for device in {pack.device for pack in self._packs} - {None}:
                 synchronize(device)
 
+    @property
+    def idle(self) -> frozenset[int]:
+        """Blocks that no pass has called until now."""
+        return frozenset(range(len(self._packs))) - self._ran
+
     def count_staged(self) -> int:
         """How many swapped blocks lie in host memory that is not page-locked, and are staged."""
-        return sum(self.links.is_staged(self._packs[index]) for index in self._order)
+        return sum(self.links.is_staged(self._packs[index]) for index in self._swapped)
 
     def drop_slots(self) -> int:
         """Free the slots and return their bytes. The next pass allocates them anew."""
@@ -145,71 +153,11 @@ class BlockSwap:
     # -- a pass ------------------------------------------------------------------------------
 
     def drive(self, model: torch.nn.Module) -> Callable[[], None]:
-        """Let ``model`` run through this swap; returns the function that undoes it.
-
-        Its ``forward``, and every other method that loops over the block lists, opens a pass.
-        The wrappers sit on the instance and hold it weakly: a model that nobody else holds dies.
-        """
-        _hide_from_dynamo()
-        reference = weakref.ref(model)
-        names = entry_points(type(model), {*self._lists, *self._embeddings})
-        before = {name: model.__dict__[name] for name in names if name in model.__dict__}
-        driving = [True]
-        entries: dict[str, Callable] = {}
-
-        def may_repeat() -> bool:
-            """Whether all of it is the model's own code: others may keep state across passes."""
-            own = reference().__dict__
-            ours = (getattr(own.get(name), "driving", None) is driving for name in names)
-            return not before and all(ours)
-
-        for name in names:
-            method, replaced = getattr(type(model), name), before.get(name)
-            entries[name] = self._entry(reference, method, replaced, driving, may_repeat)
-        model.__dict__.update(entries)
-
-        def undo() -> None:
-            # What others have put over an entry since is theirs; an entry that they have kept to
-            # put back later only calls what it replaced.
-            driving.clear()
-            instance = reference()
-            for name, entry in entries.items():
-                if instance is not None and instance.__dict__.get(name) is entry:
-                    del instance.__dict__[name]
-                    if name in before:
-                        instance.__dict__[name] = before[name]
-
+        """Let ``model`` run through this swap; returns the function that undoes it."""
+        undo, self._sites = drive(self, model)
         return undo
 
-    def _entry(
-        self,
-        reference: weakref.ref,
-        method: Callable,
-        replaced: Callable | None,
-        driving: list[bool],
-        may_repeat: Callable[[], bool],
-    ) -> Callable:
-        @functools.wraps(method)
-        def entry(*args, **kwargs):
-            model = reference()
-            tensors = (a for a in (*args, kwargs.get("x")) if isinstance(a, torch.Tensor))
-            shape = next((tensor.shape for tensor in tensors), None)
-            while True:
-                try:
-                    with self.forward_pass(model, shape) if driving else nullcontext():
-                        if replaced is not None:
-                            return replaced(*args, **kwargs)
-                        return method(model, *args, **kwargs)
-                except Exception as error:
-                    # What the method computes is a function of its inputs: it can run again.
-                    repeat = may_repeat() and not _keeps_state(args, kwargs, self._depth == 0)
-                    if not self._find_room(model, error, repeat):
-                        raise
-
-        entry.driving = driving
-        return entry
-
-    def _find_room(self, model: torch.nn.Module, error: Exception, may_repeat: bool) -> bool:
+    def find_room(self, error: Exception, may_repeat: bool) -> bool:
         """Whether ``error`` is the allocator's and room was made: what failed may run again."""
         missing = device_utils.missing_memory(error)
         if missing is None or self.on_missing is None:
@@ -219,7 +167,6 @@ class BlockSwap:
             return False
         self._release_slots()
         self.watch.drop_timer()
-        self._trace, self._cursor = [], 0
         if not self.on_missing(missing):
             self.watch.report_missing(missing)
             return False
@@ -227,18 +174,17 @@ class BlockSwap:
         traceback.clear_frames(error.__traceback__)
         error.__traceback__ = error.__context__ = None
         self.watch.restart()
-        if self._depth:
-            self._hang_views(model)
+        self._order.restart()
         return True
 
     @contextmanager
-    def forward_pass(self, model: torch.nn.Module, shape: object = None) -> Iterator[None]:
-        """One forward pass of ``model``. Nested passes belong to the outermost.
+    def forward_pass(self, entry: str = "", shape: object = None) -> Iterator[None]:
+        """One pass, of what is called ``entry``. Nested passes belong to the outermost.
 
         Passes of one ``shape`` take one time.
         """
         if self._depth == 0:
-            self._open(model, shape)
+            self._open(entry, shape)
         self._depth += 1
         completed = False
         try:
@@ -247,51 +193,57 @@ class BlockSwap:
         finally:
             self._depth -= 1
             if self._depth == 0:
-                self._close(model, completed)
+                self._close(completed)
 
-    def _open(self, model: torch.nn.Module, shape: object) -> None:
+    def _open(self, entry: str, shape: object) -> None:
         with ExitStack() as inside:
             inside.enter_context(running_on(self.compute_device))
             self.watch.before_pass()
             self.allocate_slots()
-            self.watch.begin(shape)
-            self._trace = []
-            self._cursor = 0
-            self._hang_views(model)
+            # What is called beside the model itself takes no time worth knowing.
+            self.watch.begin(shape if entry == "" else None)
+            self._order.begin(entry)
+            for site in self._sites:
+                site.follow()
             self._inside = inside.pop_all()
 
-    def _hang_views(self, model: torch.nn.Module) -> None:
-        """Let the model's own code meet views that bring blocks and swapped embeddings in."""
-        for name in self._views:
-            model.__dict__.pop(name, None)
-        self._views = {
-            name: BlockList(self, model._modules[name], indices)
-            for name, indices in self._lists.items()
-        }
-        for name, index in self._embeddings.items():
-            if index in self._swapped:
-                self._views[name] = SwappedModule(self, model._modules[name], index)
-        model.__dict__.update(self._views)
-
-    def _close(self, model: torch.nn.Module, completed: bool) -> None:
+    def _close(self, completed: bool) -> None:
         with self._inside:
-            for name in self._views:
-                model.__dict__.pop(name, None)
-            self._views = {}
             self.watch.end(completed)
             self._release_slots()
-            self._cursor = 0
             self.watch.report_peak(completed)
+            self._order.end(completed)
             if completed:
-                # A pass that skips blocks keeps the order, one that runs them otherwise teaches it.
-                if not _is_subsequence(self._trace, self._order):
-                    self._order = self._trace
                 self._prefetch()
 
     def _release_slots(self) -> None:
+        self._running.clear()
+        self._kept.clear()
         for slot in self._slots:
             for use in list(slot.uses):
                 self.release(use)
+
+    @property
+    def in_pass(self) -> bool:
+        """Whether a pass runs."""
+        return self._depth > 0
+
+    def is_running(self, index: int) -> bool:
+        """Whether block ``index`` has been called, and has not returned."""
+        return index in self._running
+
+    def enter_block(self, index: int) -> None:
+        """Block ``index`` is called: bring it in, and let go of those whose calls have returned."""
+        while self._kept:
+            self.release(self._kept.pop())
+        self._running[index] = self.acquire(index)
+
+    def leave_block(self, index: int) -> None:
+        """The call of block ``index`` returns; what comes before the next one may still use it."""
+        if self.watch.timer is not None:
+            self.watch.timer.block_ends()
+        if index in self._running:
+            self._kept.append(self._running.pop(index))
 
     def acquire(self, index: int) -> Use | None:
         """Bring block ``index`` in, its copy ordered before the computation that follows.
@@ -299,8 +251,9 @@ class BlockSwap:
         Returns what ``release`` takes; ``None`` for a resident block.
         """
         use = None
+        self._ran.add(index)
+        self._order.take(index)
         if index in self._swapped:
-            self._advance(index)
             slot = self._slot_with(index) or self._fetch(index)
             use = Use(self._packs[index], slot)
             slot.uses.add(use)
@@ -314,7 +267,7 @@ class BlockSwap:
                 use.slot.uses.discard(use)
                 raise
             use.pack.point(use.slot.views[index][1])
-        if self.watch.timer is not None and index not in self._embeddings.values():
+        if self.watch.timer is not None and index not in self._leading:
             self.watch.timer.block_begins()
         return use
 
@@ -323,8 +276,6 @@ class BlockSwap:
 
         Releasing twice is harmless, also when the slot has another user by then.
         """
-        if self.watch.timer is not None:
-            self.watch.timer.block_ends()
         if use is None or use not in use.slot.uses:
             return
         use.slot.uses.remove(use)
@@ -333,15 +284,6 @@ class BlockSwap:
             use.slot.record_release()
 
     # -- the order of copies -----------------------------------------------------------------
-
-    def _advance(self, index: int) -> None:
-        self._trace.append(index)
-        count = len(self._order)
-        for step in range(count):
-            position = (self._cursor + step) % count
-            if self._order[position] == index:
-                self._cursor = position + 1
-                return
 
     def _prefetch(self) -> None:
         """Queue the copies of the next swapped blocks into the slots that are free for them."""
@@ -357,8 +299,7 @@ class BlockSwap:
 
     def _upcoming(self, number: int) -> list[int]:
         """The next ``number`` swapped blocks, across the end of the pass."""
-        count = len(self._order)
-        return [self._order[(self._cursor + step) % count] for step in range(min(number, count))]
+        return self._order.upcoming(number, self._swapped)
 
     def _slot_with(self, index: int) -> Slot | None:
         return next((slot for slot in self._slots if slot.block == index), None)
@@ -405,37 +346,13 @@ class BlockSwap:
         return slot
 
 
-def _hide_from_dynamo() -> None:
-    """Keep ``torch.compile`` from tracing into the swap; blocks are compiled one by one.
-
-    Only where something has imported it already: that takes seconds.
-    """
-    dynamo = sys.modules.get("torch._dynamo")
-    for name in ("acquire", "release", "_open", "_close"):
-        method = vars(BlockSwap)[name]
-        if dynamo is not None and not hasattr(method, "_torchdynamo_disable"):
-            setattr(BlockSwap, name, dynamo.disable(method))
-
-
-def _keeps_state(args: tuple, kwargs: dict, outermost: bool) -> bool:
-    """Whether a call writes into what it is given, or into what others wrap it with.
-
-    Autoregressive models fill caches, a dictionary for every block, as they go; what wraps a
-    forward (ComfyUI's ``wrappers``: EasyCache and the like) counts the outermost calls.
-    """
-    options = kwargs.get("transformer_options") or {}
-    caches = (a for a in (*args, *kwargs.values()) if isinstance(a, (list, tuple)))
-    if any(isinstance(entry, dict) for cache in caches for entry in cache):
-        return True
-    return "ar_state" in options or (outermost and bool(options.get("wrappers")))
+def _blocks_of(calls: Sequence[Sequence[str]], leading: Collection[int], entry: str) -> list[int]:
+    """The blocks that the module ``entry`` holds, in the order that is likely."""
+    held = [index for index, names in enumerate(calls) if holds(entry, names[0])]
+    return sorted(held, key=lambda index: index not in leading)
 
 
 def _records_cuda_graphs() -> bool:
     """Whether ``torch.compile`` has made CUDA graphs in this process."""
     trees = sys.modules.get("torch._inductor.cudagraph_trees")
     return bool(getattr(getattr(trees, "local", None), "tree_manager_containers", None))
-
-
-def _is_subsequence(part: Sequence[int], whole: Sequence[int]) -> bool:
-    rest = iter(whole)
-    return all(item in rest for item in part)

@@ -12,7 +12,7 @@ import torch
 
 from . import device_utils, step_time
 from .allocation_parser import CPU, Allocation
-from .model_blocks import block_lists, embeddings, in_execution_order, modules_beside, tensors_of
+from .model_blocks import modules_beside, parts_of, root_of, tensors_of
 from .packed_weights import Pack
 from .page_locks import Need, PageLocks
 from .pass_memory import Room
@@ -44,7 +44,7 @@ def has_room_for_homes(nbytes: int, available: int, total: int) -> bool:
 
 
 class SwappedModel:
-    """The weights of one Wan model, packed, and the swap that runs it.
+    """The weights of one model, packed, and the swap that runs it.
 
     Lives on the inner model and holds no reference back to it, so that a model which ComfyUI lets
     go is freed at once.
@@ -57,40 +57,36 @@ class SwappedModel:
         locks: PageLocks,
         on_need: Callable[[object, int, bool, int], None] | None = None,
     ):
-        diffusion_model = model.diffusion_model
-        lists = block_lists(diffusion_model)
-        blocks = in_execution_order(lists)
-        leading = embeddings(diffusion_model)
-        parts = [*(block for _, _, block in blocks), *leading.values()]
-        in_parts = {id(module) for part in parts for module in part.modules()}
-        rest = [module for module in diffusion_model.modules() if id(module) not in in_parts]
-        self.packs = [Pack.layout(part.modules()) for part in parts]
-        self.non_block = Pack.layout(rest)
+        root = root_of(model)
+        parts = parts_of(root)
+        stays = parts.non_block(root)
+        self.packs = [
+            Pack.layout(part.module.modules(), lambda tensor: id(tensor) not in stays)
+            for part in parts.all
+        ]
+        self.non_block = Pack.layout(root.modules(), lambda tensor: id(tensor) in stays)
         # What the inner model holds beside the diffusion model (sigmas) moves along, unpacked:
         # ComfyUI replaces these modules and buffers at will.
         beside = sum(t.nbytes for module in modules_beside(model) for t in tensors_of(module))
+        sized = [
+            Block(part.name, pack.nbytes) for part, pack in zip(parts.all, self.packs, strict=True)
+        ]
         self.sizes = ModelSizes(
-            blocks=tuple(
-                Block(f"{name}.{position}", pack.nbytes)
-                for (name, position, _), pack in zip(blocks, self.packs, strict=False)
-            ),
-            embeddings=tuple(
-                Block(name, pack.nbytes)
-                for name, pack in zip(leading, self.packs[len(blocks) :], strict=True)
-            ),
+            blocks=tuple(sized[: len(parts.blocks)]),
+            embeddings=tuple(sized[len(parts.blocks) :]),
             non_block_bytes=self.non_block.nbytes + beside,
-            min_slots=len(lists),
         )
-        indices = {
-            name: [i for i, (other, _, _) in enumerate(blocks) if other == name] for name in lists
-        }
         self.room: Room | None = None
         self.split = self._plan(allocation)
         compute = device_utils.torch_device(self.split.compute_device)
-        first = len(blocks)
-        first_calls = {name: first + i for i, name in enumerate(leading)}
-        beside = [self.non_block]
-        self.swap = BlockSwap(compute, self.packs, indices, first_calls, locks, beside)
+        self.swap = BlockSwap(
+            compute,
+            self.packs,
+            [part.calls for part in parts.all],
+            leading=range(len(parts.blocks), len(parts.all)),
+            locks=locks,
+            beside=[self.non_block],
+        )
         self._locks = locks
         self._on_need = on_need
         self._others: int | None = None  # bytes on the compute device that are not of this model
@@ -98,7 +94,7 @@ class SwappedModel:
         self._told: set[object] = set()  # what the user was told of, before the first step
         self._placed: Split | None = None
         self.tuner = SplitTuner()
-        self._diffusion_model = weakref.ref(diffusion_model)
+        self._root = weakref.ref(root)
         self._undrive: Callable[[], None] | None = None
         self._foreign_bytes = 0
 
@@ -231,7 +227,7 @@ class SwappedModel:
 
     @contextmanager
     def undriven(self) -> Iterator[None]:
-        """Inside, the diffusion model has its own methods: ComfyUI swaps them by object patches."""
+        """Inside, the model has its own methods: ComfyUI swaps them by object patches."""
         self._stop_driving()
         try:
             yield
@@ -241,7 +237,7 @@ class SwappedModel:
 
     def _start_driving(self) -> None:
         if self._undrive is None:
-            self._undrive = self.swap.drive(self._diffusion_model())
+            self._undrive = self.swap.drive(self._root())
 
     def _stop_driving(self) -> None:
         if self._undrive is not None:

@@ -42,16 +42,17 @@ def driven(weights: Weights, share: float) -> tuple[torch.nn.Module, Callable[[]
         pack.place(DONOR)
         if index >= share * BLOCKS:
             pack.flat = _Elsewhere(pack.flat)
-    swap = swap_executor.BlockSwap(COMPUTE, packs, {"blocks": range(BLOCKS)})
+    swap = swap_executor.BlockSwap(COMPUTE, packs, [[f"blocks.{i}"] for i in range(BLOCKS)])
     swap.update(2)
     swap.allocate_slots()
     swap.drive(model)
     model(*given())
 
     def alone() -> None:
-        with swap.forward_pass(model):
-            for _ in model.blocks:
-                pass
+        with swap.forward_pass():
+            for index in range(BLOCKS):
+                swap.enter_block(index)
+                swap.leave_block(index)
 
     return model, alone
 

@@ -73,7 +73,7 @@ def step_over_bound(split: Split, ratio: float) -> float:
     packs = [Pack.layout([block]) for block in model.blocks]
     for pack, home in zip(packs, split.homes, strict=True):
         pack.place(torch.device(home))
-    swap = BlockSwap(torch.device(COMPUTE), packs, {"blocks": range(layers)})
+    swap = BlockSwap(torch.device(COMPUTE), packs, [[f"blocks.{i}"] for i in range(layers)])
     swap.update(split.slots)
     swap.allocate_slots()
     swap.drive(model)

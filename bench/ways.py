@@ -128,10 +128,11 @@ class BlockSwapWay(Way):
         return None
 
     def load(self, model, point):
-        blocks, locks = list(model.blocks), page_locks()
+        locks = page_locks()
         packs, rest = packs_of(model)
         rest.place(self.device)
-        swap = BlockSwap(self.device, packs, {"blocks": range(len(blocks))}, locks=locks)
+        calls = [[f"blocks.{i}"] for i in range(len(packs))]
+        swap = BlockSwap(self.device, packs, calls, locks=locks)
         self._locked = []
         for pack, home in zip(packs, point.split.homes, strict=True):
             pack.place(torch.device(home))

@@ -89,8 +89,8 @@ def static_split(bench, monkeypatch):
 
 
 @pytest.fixture
-def no_wan(bench):
-    """A patcher of a model of six layers of 2 MiB that is no Wan: MultiGPU's to load."""
+def no_blocks(bench):
+    """A patcher of a model of six layers of 2 MiB that are no list: MultiGPU's to load."""
     import comfy.model_patcher
     import comfy.ops
 
@@ -99,9 +99,9 @@ def no_wan(bench):
     bench.clear()
     inner = torch.nn.Module()
     inner.diffusion_model = torch.nn.Module()
-    inner.diffusion_model.blocks = torch.nn.ModuleList(
-        comfy.ops.manual_cast.Linear(1024, 1024, dtype=torch.bfloat16) for _ in range(6)
-    )
+    for name in ("first", "second", "third", "fourth", "fifth", "sixth"):
+        layer = comfy.ops.manual_cast.Linear(1024, 1024, dtype=torch.bfloat16)
+        inner.diffusion_model.add_module(name, layer)
     patcher = comfy.model_patcher.ModelPatcher(inner, torch.device(COMPUTE), torch.device("cpu"))
     yield patcher
     bench.allocate(patcher, "")

@@ -294,16 +294,16 @@ def test_settings_of_the_host_are_respected(bench, card, monkeypatch, reference,
     assert ledger.peak[COMPUTE] <= 16 * MIB
 
 
-def test_what_multigpu_loads_is_told_in_bytes(bench, card, no_wan, monkeypatch):
+def test_what_multigpu_loads_is_told_in_bytes(bench, card, no_blocks, monkeypatch):
     """It knows no `auto`; the string stays what the user typed.
 
     A layer is 2 MiB here, and MultiGPU may place one more than it was asked to.
     """
     card(9)
     monkeypatch.setattr(bench.mm, "minimum_inference_memory", lambda: 3 * MIB)
-    inner, text = no_wan.model, "acc:0,auto;acc:1,*#acc:0"
-    bench.allocate(no_wan, text)
-    no_wan.partially_load(torch.device(COMPUTE))
+    inner, text = no_blocks.model, "acc:0,auto;acc:1,*#acc:0"
+    bench.allocate(no_blocks, text)
+    no_blocks.partially_load(torch.device(COMPUTE))
     assert bench.module("model_lookup").allocation_text(inner) == text
     assert inner._distorch2_in_bytes[1].startswith(f"acc:0,{6 * MIB}b;acc:1,*#")
     held = sum(p.nbytes for p in inner.parameters() if str(p.device) == COMPUTE)

@@ -124,11 +124,12 @@ def test_weights_in_a_slot_are_contiguous_and_aligned(bench, kind):
                 seen.add((index, name))
 
     model = bench.loaded().model.diffusion_model
-    parts = [*model.blocks, *bench.module("model_blocks").embeddings(model).values()]
+    parts = [part.module for part in bench.module("model_blocks").parts_of(model).all]
     swapped = bench.state().split.swapped
     hooks = [
-        parts[index].register_forward_pre_hook(lambda part, _, index=index: look(index, part))
+        child.register_forward_pre_hook(lambda _, __, index=index: look(index, parts[index]))
         for index in swapped
+        for child in parts[index].children()
     ]
     bench.sample(node, seed=2)
     for hook in hooks:

@@ -273,13 +273,13 @@ def test_every_distorch2_loader_bypasses_dynamic_vram(bench, monkeypatch, node, 
     assert comfy.memory_management.aimdo_enabled is True
 
 
-def test_a_model_that_is_no_wan_goes_to_multigpus_own_path(bench, no_wan):
+def test_a_model_without_blocks_goes_to_multigpus_own_path(bench, no_blocks):
     lookup = bench.module("model_lookup")
-    bench.allocate(no_wan, "acc:0,40%;acc:1,60%#acc:0")
-    assert not lookup.is_swapped_here(no_wan)
-    no_wan.partially_load(torch.device(COMPUTE))
-    assert not hasattr(no_wan.model, lookup.STATE)
-    assert {str(p.device) for p in no_wan.model.parameters()} == {"acc:0", "acc:1"}
+    bench.allocate(no_blocks, "acc:0,40%;acc:1,60%#acc:0")
+    assert not lookup.is_swapped_here(no_blocks)
+    no_blocks.partially_load(torch.device(COMPUTE))
+    assert not hasattr(no_blocks.model, lookup.STATE)
+    assert {str(p.device) for p in no_blocks.model.parameters()} == {"acc:0", "acc:1"}
 
 
 # --------------------------------------------------------------- homes of what is resident

@@ -109,7 +109,7 @@ def swap_of(model, homes):
     packs = [Pack.layout(block.modules()) for block in model.blocks]
     for pack, home in zip(packs, homes, strict=True):
         pack.place(torch.device(home))
-    swap = BlockSwap(torch.device("acc:0"), packs, {"blocks": range(LAYERS)})
+    swap = BlockSwap(torch.device("acc:0"), packs, [[f"blocks.{i}"] for i in range(LAYERS)])
     swap.update(2)
     swap.allocate_slots()
     swap.drive(model)

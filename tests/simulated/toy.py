@@ -61,11 +61,8 @@ def swap_of(model, homes, slots=2, lists=("blocks",), drive=True):
     model.embed.to(COMPUTE)
     for pack, home in zip(packs, homes, strict=True):
         pack.place(torch.device(home))
-    indices, start = {}, 0
-    for name in lists:
-        indices[name] = list(range(start, start + len(getattr(model, name))))
-        start += len(getattr(model, name))
-    swap = BlockSwap(COMPUTE, packs, indices)
+    calls = [[f"{name}.{i}"] for name in lists for i in range(len(getattr(model, name)))]
+    swap = BlockSwap(COMPUTE, packs, calls)
     swap.update(slots)
     swap.allocate_slots()
     if drive:
@@ -75,8 +72,8 @@ def swap_of(model, homes, slots=2, lists=("blocks",), drive=True):
 
 
 def at_home(swap, model):
-    """Whether every tensor of every block lies on its home and no list is a view."""
-    return isinstance(model.blocks, torch.nn.ModuleList) and all(
+    """Whether every tensor of every block lies on its home."""
+    return all(
         tensor.device == pack.device
         for pack in swap._packs
         for tensor in (weight.table[weight.name] for weight in pack._weights)

@@ -46,7 +46,7 @@ def swapped_model(slots=2):
     packs = [Pack.layout(block.modules()) for block in model.blocks]
     for pack in packs:
         pack.place(torch.device("cpu"))
-    swap = BlockSwap(COMPUTE, packs, {"blocks": range(LAYERS)})
+    swap = BlockSwap(COMPUTE, packs, [[f"blocks.{i}"] for i in range(LAYERS)])
     swap.update(slots)
     swap.allocate_slots()
     return model, swap

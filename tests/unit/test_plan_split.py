@@ -1,5 +1,6 @@
 """Splits: properties over random models and strings, and the cases that have one right answer."""
 
+from fractions import Fraction
 from itertools import chain, combinations
 
 import pytest
@@ -8,7 +9,8 @@ from hypothesis import strategies as st
 
 from block_swap.allocation_parser import AllocationError, Mode, parse_allocation
 from block_swap.split import Block, ModelSizes
-from block_swap.split_planner import plan_split, refit_split, spread
+from block_swap.split_planner import plan_split, refit_split
+from block_swap.swap_choice import spread
 
 MIB = 1 << 20
 DEVICES = ("cpu", "acc:0", "acc:1", "acc:2")
@@ -146,7 +148,8 @@ def _owed(split):
 @given(st.integers(1, 80), st.data())
 def test_swapped_blocks_are_evenly_spread(count, data):
     number = data.draw(st.integers(1, count))
-    positions = spread(number, count)
+    positions = spread([7] * count, [True] * count, Fraction(number, count), 14)
+    assert positions == [-(-(j + 1) * count // number) - 1 for j in range(number)]
     assert len(set(positions)) == number
     assert positions[-1] == count - 1
     around = [b - a for a, b in zip(positions, [*positions[1:], positions[0] + count], strict=True)]

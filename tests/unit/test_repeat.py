@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from block_swap.swap_executor import _keeps_state
+from block_swap.swap_hooks import keeps_state
 
 X = torch.zeros(1, 2)
 WRAPPED = {"transformer_options": {"wrappers": {"diffusion_model": {"cache": [print]}}}}
@@ -24,4 +24,4 @@ WRAPPED = {"transformer_options": {"wrappers": {"diffusion_model": {"cache": [pr
     ],
 )
 def test_a_call_that_keeps_state_runs_once(args, kwargs, outermost, keeps):
-    assert _keeps_state(args, kwargs, outermost) == keeps
+    assert keeps_state(args, kwargs, outermost) == keeps

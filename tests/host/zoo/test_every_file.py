@@ -6,6 +6,7 @@ import torch
 from rig import prompts, tiny_models
 
 FILE = "tiny.safetensors"
+STRINGS = ("acc:0,50%;cpu,50%", "acc:0,30%;acc:1,20%;cpu,*", "cpu,*")
 
 
 @pytest.fixture(autouse=True)
@@ -34,6 +35,45 @@ def written(bench):
 def kept(bench, prompt, key):
     bench.host.run(prompt)
     return bench.host.custom_module("probe").LATENTS.pop(key)
+
+
+@pytest.fixture
+def assert_swapped(bench, monkeypatch):
+    """Runs with a DisTorch2 loader give what is expected, and keep to their split.
+
+    ``run(n)`` runs the prompt with the n-th inputs, ``expected`` are two outputs.
+    """
+    states = []
+    swapped_model = bench.module("swapped_model").SwappedModel
+    load = swapped_model.load
+
+    def loaded(state, model):
+        states.append(state)
+        load(state, model)
+
+    monkeypatch.setattr(swapped_model, "load", loaded)
+
+    def assert_swapped(run, expected):
+        assert torch.equal(run(0), expected[0])
+        state = states[-1]
+        split, swap = state.split, state.swap
+        assert split.swapped
+        floor = split.sizes.non_block_bytes + split.slots * split.slot_bytes
+        for quota in split.quotas:
+            least = floor if quota.device == split.compute_device else 0
+            assert quota.wildcard or split.bytes_on(quota.device) <= max(quota.nbytes, least)
+        fills, passes, fill, opened = [], [], swap._fill, swap._open
+        swap._fill = lambda slot, index: fills.append(index) or fill(slot, index)
+        swap._open = lambda entry, shape: passes.append(entry) or opened(entry, shape)
+        assert torch.equal(run(1), expected[1])
+        assert states[-1] is state and state.compute_bytes() <= split.compute_bytes
+        travels = set(split.swapped) - swap.idle
+        assert passes and set(fills) == travels
+        assert max(fills.count(index) for index in travels) <= len(passes)
+        states.clear()
+        bench.clear()
+
+    return assert_swapped
 
 
 def clip(kind, distorch=None):
@@ -69,7 +109,7 @@ def assert_loaded(model, weights):
 
 
 @pytest.mark.parametrize("key", tiny_models.MODELS)
-def test_a_model_samples(bench, written, key):
+def test_a_model_samples(bench, written, assert_swapped, key):
     weights = written("diffusion_models", tiny_models.write_model, key)
     patcher = bench.load(prompts.plain(FILE))
     model = patcher.model.diffusion_model
@@ -83,13 +123,17 @@ def test_a_model_samples(bench, written, key):
     again = kept(bench, tiny_models.sampling(key, prompts.plain(FILE)), "out")
     assert torch.equal(latent, again)
     bench.clear()
-    loader = prompts.distorch(FILE, "acc:0,50%;cpu,50%")
-    shared = kept(bench, tiny_models.sampling(key, loader), "out")
-    torch.testing.assert_close(shared, latent)
+    expected = [latent, kept(bench, tiny_models.sampling(key, prompts.plain(FILE), 2), "out")]
+    assert not torch.equal(*expected)
+    bench.clear()
+    for text in STRINGS:
+        loader = prompts.distorch(FILE, text)
+        seeds = [tiny_models.sampling(key, loader, seed) for seed in (1, 2)]
+        assert_swapped(lambda n, seeds=seeds: kept(bench, seeds[n], "out"), expected)
 
 
 @pytest.mark.parametrize("key", tiny_models.TEXTS)
-def test_a_text_encoder_encodes(bench, written, key):
+def test_a_text_encoder_encodes(bench, written, assert_swapped, key):
     weights = written("text_encoders", tiny_models.write_text, key)
     kind = tiny_models.TEXTS[key].kind
     loaded = bench.load(clip(kind))
@@ -105,23 +149,33 @@ def test_a_text_encoder_encodes(bench, written, key):
     other = kept(bench, tiny_models.encoding(clip(kind), "the dog runs to a tree"), "text")
     assert other.shape != text.shape or not torch.equal(other, text)
     bench.clear()
-    shared = kept(bench, tiny_models.encoding(clip(kind, "acc:0,50%;cpu,50%")), "text")
-    torch.testing.assert_close(shared, text)
+    for string in STRINGS:
+        loader = clip(kind, string)
+        words = [
+            tiny_models.encoding(loader),
+            tiny_models.encoding(loader, "the dog runs to a tree"),
+        ]
+        assert_swapped(lambda n, words=words: kept(bench, words[n], "text"), [text, other])
 
 
-def test_a_control_net_controls(bench, written):
+def test_a_control_net_controls(bench, written, assert_swapped):
     written("diffusion_models", tiny_models.write_model, "Flux")
     weights = written("controlnet", tiny_models.write_control)
 
     assert_loaded(bench.load(control()).control_model, weights)
 
-    def sample(*loaders):
-        bench.clear()
+    def sample(*loaders, seed=1, clear=True):
+        if clear:
+            bench.clear()
         loader = prompts.plain(FILE)
-        return kept(bench, tiny_models.sampling("Flux", loader, 1, *loaders), "out")
+        return kept(bench, tiny_models.sampling("Flux", loader, seed, *loaders), "out")
 
     controlled = sample(control())
     assert controlled.isfinite().all()
     assert torch.equal(sample(control()), controlled)
     assert not torch.equal(sample(), controlled)
-    torch.testing.assert_close(sample(control("acc:0,50%;cpu,50%")), controlled)
+    expected = [controlled, sample(control(), seed=2)]
+    for text in STRINGS:
+        bench.clear()
+        net = control(text)
+        assert_swapped(lambda n, net=net: sample(net, seed=1 + n, clear=False), expected)

@@ -10,6 +10,7 @@ import torch
 from conftest import CACHE, COMPUTE
 from rig import comfy_host
 from rig.zoo import catalog, core, trace
+from rig.zoo.hosted import built, equal, load
 
 
 def pytest_generate_tests(metafunc):
@@ -24,38 +25,6 @@ def pytest_generate_tests(metafunc):
     ways = [(name, way) for name in names for way in catalog.RECIPES[name]]
     ids = [f"{name.rpartition('.')[2]}-{way}" for name, way in ways]
     metafunc.parametrize(("name", "way"), ways, ids=ids)
-
-
-class Inner(torch.nn.Module):
-    """What ComfyUI has around a diffusion model, as far as patchers need it."""
-
-    def __init__(self, diffusion_model):
-        super().__init__()
-        self.diffusion_model = diffusion_model
-
-
-def built(name, way, operations="disable_weight_init"):
-    """The instance that a recipe makes."""
-    import comfy.ops
-
-    recipe = catalog.RECIPES[name][way]
-    return core.build(core.find(name), recipe, getattr(comfy.ops, operations))
-
-
-def load(bench, instance):
-    """Have ComfyUI load an instance to the simulated device; the instance keeps its patcher."""
-    import comfy.model_patcher
-
-    instance.patcher = comfy.model_patcher.ModelPatcher(
-        Inner(instance.model), torch.device(COMPUTE), torch.device("cpu")
-    )
-    with torch.inference_mode():
-        bench.mm.load_models_gpu([instance.patcher])
-    assert {str(p.device) for p in instance.model.parameters()} == {COMPUTE}
-
-
-def equal(one, other):
-    return len(one) == len(other) and all(map(torch.equal, one, other))
 
 
 # ------------------------------------------------------------------------------ every class
@@ -83,13 +52,13 @@ def test_is_the_same_on_a_device(bench, name):
     way = next(iter(catalog.RECIPES[name]))  # devices differ in nothing that the ways differ in
     instance, casting = built(name, way), built(name, way, "manual_cast")
     expected = instance.call(1)
-    load(bench, instance)
+    load(bench, instance, COMPUTE)
     there = instance.call(1, COMPUTE)
     if instance.recipe.rounds:
         torch.testing.assert_close(there, expected)
     else:
         assert equal(there, expected)
-    load(bench, casting)
+    load(bench, casting, COMPUTE)
     assert equal(casting.call(1, COMPUTE), there)
 
 

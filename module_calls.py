@@ -1,0 +1,160 @@
+"""Hooks on the calls of a model's modules, and which of its modules are called from where.
+
+A hook stands in the ``__dict__`` of one instance, in front of the method that the call would have
+come to, or of what others have put there; it hooks no class and no other model.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+import weakref
+from collections.abc import Callable, Collection, Iterable, Iterator
+
+import torch
+
+# What ``Module.compile`` leaves, and ``Module.__call__`` runs instead of ``forward``.
+COMPILED = "_compiled_call_impl"
+
+Wrap = Callable[[Callable], Callable]
+
+
+class CallSite:
+    """One place in a model: calls of the module that hangs there go through a wrapper.
+
+    ``path`` names the place, ``methods`` what is wrapped. ``wrap`` is given what would have been
+    called, and returns what is called instead. Holds neither modules nor hooks.
+    """
+
+    def __init__(self, model: torch.nn.Module, path: str, methods: Iterable[str], wrap: Wrap):
+        above, _, self._key = path.rpartition(".")
+        self._parent = weakref.ref(model.get_submodule(above))
+        self._methods = tuple(methods)
+        self._wrap = wrap
+        self._module: weakref.ref | None = None
+        self._before: dict[str, Callable | None] = {}  # what stood in place of each hook
+        self._own: dict[str, weakref.ref] = {}  # the hooks
+        self.attach()
+
+    def _at_place(self) -> torch.nn.Module | None:
+        parent = self._parent()
+        return parent if parent is None or not self._key else parent._modules.get(self._key)
+
+    def attach(self) -> None:
+        """Hook the module that hangs there now."""
+        module = self._at_place()
+        if module is None:
+            return
+        self._module = weakref.ref(module)
+        for name in map(functools.partial(_called, module), self._methods):
+            before = self._before[name] = module.__dict__.get(name)
+            hook = self._wrap(_method(self._module, name) if before is None else before)
+            self._own[name] = weakref.ref(hook)
+            module.__dict__[name] = hook
+
+    def detach(self) -> None:
+        """Leave the module as it was found; what others have put over a hook since is theirs."""
+        module = None if self._module is None else self._module()
+        for name, before in self._before.items():
+            if module is not None and self._hooks(module, name):
+                if before is None:
+                    del module.__dict__[name]
+                else:
+                    module.__dict__[name] = before
+        self._module, self._before, self._own = None, {}, {}
+
+    def follow(self) -> None:
+        """Hook what hangs there, and is called, by now: modules are exchanged, or compiled."""
+        module = self._at_place()
+        if module is not None and not self._is_hooked(module):
+            self.detach()
+            self.attach()
+
+    def _hooks(self, module: torch.nn.Module, name: str) -> bool:
+        hook = self._own.get(name)
+        return hook is not None and module.__dict__.get(name) is hook()
+
+    def _is_hooked(self, module: torch.nn.Module) -> bool:
+        if self._module is None or module is not self._module():
+            return False
+        is_compiled = module.__dict__.get(COMPILED) is not None
+        names = {_called(module, name) for name in self._methods} if is_compiled else self._before
+        return all(self._hooks(module, name) for name in names)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the module's own code is what runs under the hooks, and nothing over them."""
+        module = self._at_place()
+        own = all(before is None for before in self._before.values())
+        return own and module is not None and self._is_hooked(module)
+
+
+def _called(module: torch.nn.Module, name: str) -> str:
+    """Where a call of ``name`` comes to: compiled in place, no ``forward`` may be in the way."""
+    return COMPILED if name == "forward" and module.__dict__.get(COMPILED) is not None else name
+
+
+def _method(module: weakref.ref, name: str) -> Callable:
+    method = getattr(type(module()), name)
+
+    @functools.wraps(method)
+    def call(*args, **kwargs):
+        return method(module(), *args, **kwargs)
+
+    return call
+
+
+def has_forward(module: torch.nn.Module) -> bool:
+    """Whether a module can be called; lists of modules cannot."""
+    return getattr(type(module).forward, "__name__", "") != "_forward_unimplemented"
+
+
+def entry_methods(model_class: type, children: Collection[str]) -> list[str]:
+    """``forward`` and every method of the class whose code names one of ``children``."""
+    names = {
+        name
+        for name, function in _methods(model_class)
+        if not names_in(function).isdisjoint(children)
+    }
+    return sorted({"forward", *names})
+
+
+def methods_called_by(above: Iterable[type], module_class: type) -> list[str]:
+    """``forward`` and the methods of a class that the code of the classes ``above`` names."""
+    named = set().union(*(names_used(cls) for cls in above))
+    return sorted({"forward", *(name for name, _ in _methods(module_class) if name in named)})
+
+
+def children_called_by(above: Iterable[type], module: torch.nn.Module) -> list[str]:
+    """Direct children that the module itself does not name, or that classes ``above`` name."""
+    own = names_used(type(module))
+    named = set().union(*(names_used(cls) for cls in above))
+    return [name for name, _ in module.named_children() if name not in own or name in named]
+
+
+@functools.cache
+def names_used(cls: type) -> frozenset[str]:
+    """Every name of an attribute in the code of a class's own methods."""
+    return frozenset().union(*(names_in(function) for _, function in _methods(cls)))
+
+
+def _methods(cls: type) -> Iterator[tuple[str, types.FunctionType]]:
+    """The methods of a class and of those it is derived from, up to ``torch.nn.Module``."""
+    for base in cls.__mro__:
+        if base in torch.nn.Module.__mro__:
+            continue
+        for name, member in vars(base).items():
+            if isinstance(member, types.FunctionType) and not name.startswith("__"):
+                yield name, member
+
+
+@functools.cache
+def names_in(function: types.FunctionType) -> frozenset[str]:
+    """Every name in the code of a function, and of those that are made in it."""
+    names, codes = set(), [function.__code__, inspect.unwrap(function).__code__]
+    while codes:
+        code = codes.pop()
+        names.update(code.co_names)
+        codes.extend(c for c in code.co_consts if isinstance(c, types.CodeType))
+    return frozenset(names)

@@ -1,0 +1,188 @@
+"""What drives a swap: hooks that turn the calls of a model's own modules into passes and blocks.
+
+A call of what holds blocks is a pass, a call of a block brings it in, a lookup in a table goes to
+where the table is.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
+
+import torch
+
+from .module_calls import CallSite, Wrap, entry_methods, has_forward, methods_called_by
+from .packed_weights import Pack
+
+
+class Swap(Protocol):
+    """What is driven. ``calls`` names, for every block, the modules whose calls want it."""
+
+    compute_device: torch.device
+    calls: Sequence[Sequence[str]]
+    tables: Mapping[str, Pack]
+
+    @property
+    def in_pass(self) -> bool: ...
+
+    def forward_pass(self, entry: str, shape: object = None) -> AbstractContextManager: ...
+
+    def is_running(self, index: int) -> bool: ...
+
+    def enter_block(self, index: int) -> None: ...
+
+    def leave_block(self, index: int) -> None: ...
+
+    def find_room(self, error: Exception, may_repeat: bool) -> bool: ...
+
+
+# Of a swap: what ``torch.compile`` has to keep out of.
+_HIDDEN = ("enter_block", "leave_block", "_open", "_close")
+
+
+def drive(swap: Swap, model: torch.nn.Module) -> tuple[Callable[[], None], list[CallSite]]:
+    """Let ``model`` run through ``swap``: the function that undoes it, and where blocks are called.
+
+    Hooks are on instances, and hold them weakly: a model that nobody else holds dies.
+    """
+    _hide_from_dynamo(type(swap))
+    driving = [True]  # empty once this is undone: an entry that others have kept only calls on
+    holders = _holders(model, [name for names in swap.calls for name in names])
+    blocks = []
+    for index, names in enumerate(swap.calls):
+        for name in names:
+            above = {type(model.get_submodule(path)) for path in holders if holds(path, name)}
+            methods = methods_called_by(above, type(model.get_submodule(name)))
+            wrap = _wrap(_wanting, swap, driving, index)
+            blocks.append(CallSite(model, name, methods, wrap))
+    entries: list[CallSite] = []
+
+    def is_plain() -> bool:
+        """Whether all of it is the model's own code: others may keep state across passes."""
+        return all(site.is_plain for site in entries)
+
+    for path, children in holders.items():
+        methods = entry_methods(type(model.get_submodule(path)), children)
+        wrap = _wrap(_opening, swap, driving, path, is_plain)
+        entries.append(CallSite(model, path, methods, wrap))
+    lookups = [
+        CallSite(model, name, ["forward"], _wrap(_looking_up, swap, driving, pack))
+        for name, pack in swap.tables.items()
+    ]
+
+    def undo() -> None:
+        driving.clear()
+        for site in (*blocks, *entries, *lookups):
+            site.detach()
+
+    return undo, blocks
+
+
+def _wrap(hook: Callable, swap: Swap, *args) -> Wrap:
+    """Makes ``hook`` of a call. Sites belong to the swap, and must not hold it."""
+    reference = weakref.ref(swap)
+    return lambda call: functools.wraps(call)(hook(reference(), *args, call))
+
+
+def _wanting(swap: Swap, driving: list[bool], index: int, call: Callable) -> Callable:
+    """``call``, which wants block ``index``; outside of a pass it is one."""
+
+    def wanting(*args, **kwargs):
+        if not driving or swap.is_running(index):
+            return call(*args, **kwargs)
+        with nullcontext() if swap.in_pass else swap.forward_pass(swap.calls[index][0]):
+            swap.enter_block(index)
+            try:
+                return call(*args, **kwargs)
+            finally:
+                swap.leave_block(index)
+
+    return wanting
+
+
+def _looking_up(swap: Swap, driving: list[bool], table: Pack, call: Callable) -> Callable:
+    """``call`` where its table is: rows travel, not the table."""
+
+    def looking_up(*args, **kwargs):
+        if not driving or table.device == swap.compute_device:
+            return call(*args, **kwargs)
+        args = [arg.to(table.device) if isinstance(arg, torch.Tensor) else arg for arg in args]
+        return call(*args, **kwargs).to(swap.compute_device)
+
+    return looking_up
+
+
+def _opening(
+    swap: Swap, driving: list[bool], entry: str, is_plain: Callable[[], bool], call: Callable
+) -> Callable:
+    """``call`` as a pass, which runs again where it runs out of memory and room is made."""
+
+    def opening(*args, **kwargs):
+        if not driving:
+            return call(*args, **kwargs)
+        tensors = (a for a in (*args, kwargs.get("x")) if isinstance(a, torch.Tensor))
+        shape = next((tensor.shape for tensor in tensors), None)
+        while True:
+            try:
+                with swap.forward_pass(entry, shape):
+                    return call(*args, **kwargs)
+            except Exception as error:
+                # What the method computes is a function of its inputs: it can run again.
+                may_repeat = is_plain() and not keeps_state(args, kwargs, not swap.in_pass)
+                if not swap.find_room(error, may_repeat):
+                    raise
+
+    return opening
+
+
+def keeps_state(args: tuple, kwargs: dict, outermost: bool) -> bool:
+    """Whether a call writes into what it is given, or into what others wrap it with.
+
+    Autoregressive models fill caches, a dictionary for every block, as they go; what wraps a
+    forward (ComfyUI's ``wrappers``: EasyCache and the like) counts the outermost calls.
+    """
+    options = kwargs.get("transformer_options") or {}
+    caches = (a for a in (*args, *kwargs.values()) if isinstance(a, (list, tuple)))
+    if any(isinstance(entry, dict) for cache in caches for entry in cache):
+        return True
+    return "ar_state" in options or (outermost and bool(options.get("wrappers")))
+
+
+def holds(path: str, name: str) -> bool:
+    """Whether the module at ``path`` holds the one called ``name``, or is it."""
+    return not path or name == path or name.startswith(f"{path}.")
+
+
+def _holders(model: torch.nn.Module, names: Iterable[str]) -> dict[str, set[str]]:
+    """The modules that hold those called ``names`` and can be called themselves, by their names.
+
+    For each the names of those children whose calls, or loops over them, are parts of its pass.
+    """
+    holders: dict[str, set[str]] = {}
+    wanted = set(names)
+    for name in wanted:
+        keys = name.split(".")
+        for depth in range(len(keys)):
+            path, child = ".".join(keys[:depth]), ".".join(keys[: depth + 1])
+            if path in wanted or not has_forward(model.get_submodule(path)):
+                continue
+            children = holders.setdefault(path, set())
+            if child in wanted or not has_forward(model.get_submodule(child)):
+                children.add(keys[depth])
+    return dict(sorted(holders.items()))
+
+
+def _hide_from_dynamo(kind: type) -> None:
+    """Keep ``torch.compile`` from tracing into the swap; blocks are compiled one by one.
+
+    Only where something has imported it already: that takes seconds.
+    """
+    dynamo = sys.modules.get("torch._dynamo")
+    for name in _HIDDEN:
+        method = vars(kind)[name]
+        if dynamo is not None and not hasattr(method, "_torchdynamo_disable"):
+            setattr(kind, name, dynamo.disable(method))
