@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from conftest import COMPUTE, MIB
-from rig import simulator, tiny_models
+from rig import prompts, simulator, tiny_models
 
 ledger = simulator.ledger
 AUTO = f"{COMPUTE},auto;cpu,*"
@@ -18,18 +18,20 @@ BESIDE = MIB // 8
 
 @pytest.fixture
 def written(bench):
-    """A text encoder, Gemma, of 2 MiB and a ControlNet of Flux of 19 MiB, as files."""
-    models = bench.host.base_dir / "models"
+    """A text encoder, Gemma, of 2 MiB, a Flux of 30 and its ControlNet of 19, as files."""
+    writers = {
+        "text_encoders": lambda path: tiny_models.write_text(path, "Gemma"),
+        "diffusion_models": lambda path: tiny_models.write_model(path, "Flux"),
+        "controlnet": tiny_models.write_control,
+    }
+    paths = {folder: bench.host.base_dir / "models" / folder / TINY for folder in writers}
     with tiny_models.installed():
-        for folder, write in (
-            ("text_encoders", lambda path: tiny_models.write_text(path, "Gemma")),
-            ("controlnet", tiny_models.write_control),
-        ):
-            (models / folder).mkdir(exist_ok=True)
-            write(models / folder / TINY)
+        for folder, path in paths.items():
+            path.parent.mkdir(exist_ok=True)
+            writers[folder](path)
         yield
-    for folder in ("text_encoders", "controlnet"):
-        (models / folder / TINY).unlink()
+    for path in paths.values():
+        path.unlink()
 
 
 @pytest.fixture
@@ -154,3 +156,35 @@ def test_a_neighbour_takes_a_part_of_what_auto_holds(bench, neighbours):
     bench.sample(bench.distorch(AUTO), seed=2)
     assert state.compute_bytes() >= held
     check(bench)
+
+
+def test_a_control_net_has_its_room_in_a_real_prompt(bench, card, written):
+    """Flux beside it: the same latent as unswapped, and both on the card when the next one runs."""
+    control = {"class_type": "ControlNetLoader", "inputs": {"control_net_name": TINY}}
+    latents = bench.host.custom_module("probe").LATENTS
+
+    def sampled(loader, seed, *controls):
+        bench.host.run(tiny_models.sampling("Flux", loader, seed, *controls))
+        return latents.pop("out")
+
+    card(200)
+    plain = prompts.plain(TINY)
+    alone, controlled = sampled(plain, 1), [sampled(plain, seed, control) for seed in (1, 2)]
+    bench.clear()
+    auto = bench.distorch(AUTO, unet_name=TINY)
+    card(42)  # holds the model of 30, or the ControlNet of 19 and a part of the model
+    for _ in range(2):
+        assert sampled(auto, 1).equal(alone)
+        assert sampled(auto, 2).isfinite().all()
+    assert bench.state().split.bytes_per_pass == 0
+    for seed, expected in enumerate(controlled, start=1):
+        assert sampled(auto, seed, control).equal(expected)
+        assert bench.state().split.bytes_per_pass > 0
+        sizes = [(m.model.loaded_size(), m.model.model_size()) for m in beside_auto(bench)]
+        assert sizes and all(loaded == whole for loaded, whole in sizes)
+    bench.clear()
+
+
+def beside_auto(bench):
+    swapped = bench.module("model_lookup").is_swapped_here
+    return [m for m in bench.mm.current_loaded_models if not swapped(m.model)]
