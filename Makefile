@@ -29,7 +29,7 @@ export RUFF_CACHE_DIR = .cache/ruff
 RUNS := $(COMFYUI:%=host-%) $(COMFYUI:%=server-%) large $(SMOKE:%=smoke-%) \
 	$(CONTRACTS:%=contract-%) device simulated peers grid host-time unit simulator
 
-.PHONY: test test-cuda zoo demo bench staging lint clean $(RUNS)
+.PHONY: test test-cuda zoo auto demo bench staging lint clean $(RUNS)
 
 test: $(READY)
 	$(MAKE) --no-print-directory --jobs=$(JOBS) --output-sync=target $(RUNS)
@@ -69,6 +69,10 @@ $(SMOKE:%=smoke-%): smoke-%: $(READY)
 # Every other transformer of the host, small: that each runs, and the same everywhere.
 zoo: $(READY)
 	$(PYTEST) tests/host/zoo --comfyui $(firstword $(COMFYUI))
+
+# `auto`: every cell of its grid, where the suite takes a sample, and 200 prompts instead of 24.
+auto: $(READY)
+	THOROUGH=1 $(PYTEST) tests/host/test_auto_grid.py --comfyui $(firstword $(COMFYUI))
 
 # What older versions of MultiGPU leave for the plugin.
 $(CONTRACTS:%=contract-%): contract-%: $(READY)

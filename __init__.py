@@ -23,8 +23,8 @@ __all__ = ["NODE_CLASS_MAPPINGS", "install", "uninstall"]
 # The module of MultiGPU that carries DisTorch2: how its package is told, whatever its folder.
 DISTORCH2_MODULE = "distorch_2"
 
-_loading = LoadingJoin()
 _memory = MemoryJoin()
+_loading = LoadingJoin(_memory.ram_for)
 _waiting = PatchTable()
 _installed = False
 

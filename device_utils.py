@@ -80,7 +80,7 @@ def total_memory(name: str) -> int:
     """Total memory of a device in bytes; 0 where its backend does not tell."""
     device = torch_device(name)
     if device.type == "cpu":
-        return psutil.virtual_memory().total
+        return ram()[1]
     if device.type == "mps":
         return torch.mps.recommended_max_memory()
     module = _family_module(device.type)
@@ -119,7 +119,8 @@ def used_memory(name: str) -> int:
     """Bytes in use on a device by this machine's processes; 0 where its backend does not tell."""
     device = torch_device(name)
     if device.type == "cpu":
-        return psutil.virtual_memory().used
+        available, total = ram()
+        return total - available
     if device.type == "mps":
         return torch.mps.driver_allocated_memory()
     module = _family_module(device.type)

@@ -127,11 +127,13 @@ class LoadingJoin:
 
     The loader nodes are patched when MultiGPU is there; ComfyUI itself only when the first of them
     runs, after MultiGPU has put its own replacements in place. Who loads nothing with DisTorch2
-    runs on an untouched ComfyUI.
+    runs on an untouched ComfyUI. ``ram_for`` makes room in RAM for so many bytes of an inner model,
+    where it can, and says what there is.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, ram_for: Callable[[int, object], int]) -> None:
         self._table = PatchTable()
+        self._ram_for = ram_for
         self.multigpu: ModuleType | None = None
         self._armed = False
         self._host_load_models_gpu: Callable | None = None  # before MultiGPU replaced it
@@ -153,7 +155,7 @@ class LoadingJoin:
         if self._host_load_models_gpu is None:
             self._host_load_models_gpu = mm.load_models_gpu
         self.multigpu.register_patched_safetensor_modelpatcher()
-        self._table.apply(patches())
+        self._table.apply(patches(self._ram_for))
         self._table.apply(accounting_patches(self._host_load_models_gpu))
         self._armed = True
 

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 
+import torch
+
 from . import device_utils, step_time
 from .allocation_parser import AUTO, CPU, in_bytes
 from .model_blocks import has_blocks, root_of
@@ -44,6 +46,9 @@ TRANSLATED = "_distorch2_in_bytes"
 
 # What ComfyUI wants to have free beside the weights for the load that is going on, in bytes.
 _wanted_free: ContextVar[float] = ContextVar("wanted_free", default=0.0)
+
+# The patchers of ControlNets and the like that are loaded in one go with a swapped model.
+_loaded_beside: ContextVar[tuple] = ContextVar("loaded_beside", default=())
 
 
 def _kind_of(model, shape) -> PassKind:
@@ -78,18 +83,26 @@ def room_for_weights(patcher, state: SwappedModel, extra_memory: float) -> Room:
     model, held = patcher.model, state.compute_bytes()
     free = mm.get_free_memory(patcher.load_device) + held
     kind = model.__dict__.pop(ASKED, None)
-    formats = getattr(model, "latent_format", None)
-    what = "" if kind is None else kind.describe(*_downscaling(formats))
+    need = free - held - extra_memory
     if mm.vram_state == mm.VRAMState.NO_VRAM:
-        return Room(free, free - held - extra_memory, what)
-    if kind is not None and pass_memory.knows(kind):
+        pass
+    elif kind is not None and pass_memory.knows(kind):
         # For ``auto`` ComfyUI was told, and has added what ControlNets and the like will need.
         known = max(_wanted_free.get() if state.is_auto else 0, pass_memory.need(kind, 0))
         need = max(mm.minimum_inference_memory(), known + mm.extra_reserved_memory())
-        return Room(free, need, what)
-    if extra_memory >= EVERYTHING:
-        return Room(free, mm.minimum_inference_memory(), what)
-    return Room(free, free - held - extra_memory, what)
+    elif extra_memory >= EVERYTHING:
+        need = mm.minimum_inference_memory()
+    need += _still_to_come(patcher.load_device)
+    if kind is None:
+        return Room(free, need)
+    what = kind.describe(*_downscaling(getattr(model, "latent_format", None)))
+    return Room(free, need, what, kind.latent[1:])
+
+
+def _still_to_come(device: torch.device) -> int:
+    """Bytes of weights that models loaded in one go with a swapped one have yet to put there."""
+    coming = (p for p in _loaded_beside.get() if p.load_device == device)
+    return sum(max(0, patcher.model_size() - patcher.loaded_size()) for patcher in coming)
 
 
 def _downscaling(latent_format) -> tuple[int, int]:
@@ -105,13 +118,28 @@ def warn_if_too_little_is_left(state: SwappedModel, room: Room) -> None:
     device = state.split.compute_device
     if state.is_auto or short <= 0 or device == CPU or not room.what:
         return
-    if state.warned_of != (room.what, state.split):
-        state.warned_of = (room.what, state.split)
+    if state.is_news((room.what, state.split)):
         logger.warning(
             f"[MultiGPU] block swap: {room.what} may need {format_bytes(int(room.need))} of "
             f"{device}, and {format_bytes(state.split.compute_bytes)} of weights leave "
             f"{format_bytes(short)} too little of it: type {device},"
             f"{step_time.as_amount_within(room.nbytes)} or less, or {device},auto"
+        )
+
+
+def warn_if_ram_is_short(
+    state: SwappedModel, model: torch.nn.Module, ram_for: Callable[[int, object], int]
+) -> None:
+    """Before homes are made, once for every cause: RAM has no room for them."""
+    coming = state.ram_to_come()
+    left = ram_for(coming, model) if coming else 0
+    if left < coming and state.is_news((coming, state.split)):
+        device = state.split.compute_device
+        quota = "" if state.is_auto else f"a larger quota for {device}, "
+        logger.warning(
+            f"[MultiGPU] block swap: {format_bytes(coming)} of homes are to come to RAM, which has "
+            f"{format_bytes(max(0, left))} left: this may end in swapping, or in the process being "
+            f"killed. What helps: {quota}another donor, a smaller format (fp8, GGUF)"
         )
 
 
@@ -160,8 +188,10 @@ def free_memory(wrapped, instance, args, kwargs):
     def bind(memory_required, device, keep_loaded=(), *_, **__):
         return memory_required, device, keep_loaded
 
+    import comfy.model_management as mm
+
     memory_required, device, keep_loaded = bind(*args, **kwargs)
-    if memory_required < EVERYTHING:
+    if memory_required < EVERYTHING and not mm.DISABLE_SMART_MEMORY:  # or all of it goes
         _give_back_spare(memory_required, device, keep_loaded)
     token = donors_stay.set(memory_required < EVERYTHING)
     try:
@@ -179,8 +209,8 @@ def _give_back_spare(memory_required: float, device, keep_loaded) -> None:
             continue
         state = getattr(loaded.model.model, STATE, None)
         missing = memory_required - mm.get_free_memory(device)
-        if missing > 0 and state is not None and state.loaded:
-            state.give_back_spare(int(missing), loaded.model.offload_device)
+        if missing > 0 and state is not None and state.has_spare():
+            state.give_way(int(missing), state.tuner.cheapest_bytes)
 
 
 def model_memory_required(wrapped, loaded_model, args, kwargs):
@@ -219,19 +249,50 @@ def load_models_gpu(original):
 
     def load_models_gpu(wrapped, instance, args, kwargs):
         models = kwargs["models"] if "models" in kwargs else args[0]
-        if not any(hasattr(m, "model") and is_swapped_here(m) for m in models):
+        swapped = [m for m in models if hasattr(m, "model") and is_swapped_here(m)]
+        if not swapped:
             with ExitStack() as stack:
                 for patcher in models:
                     stack.enter_context(readable_by_multigpu(patcher))
                 return wrapped(*args, **kwargs)
         known = {name: value for name, value in kwargs.items() if name != "force_full_load"}
-        token = _wanted_free.set(wanted(*args[:4], **known))
+        free = _wanted_free.set(wanted(*args[:4], **known))
+        beside = _loaded_beside.set(tuple(_beside_swapped(models)))
         try:
-            return original(*args, **kwargs)
+            _give_way(swapped)
+            result = original(*args, **kwargs)
         finally:
-            _wanted_free.reset(token)
+            _loaded_beside.reset(beside)
+            _wanted_free.reset(free)
+        for patcher in swapped:
+            state_of(patcher).note_memory()
+        return result
 
     return load_models_gpu
+
+
+def _beside_swapped(models) -> Iterator:
+    """Of the patchers that are loaded together, those whose weights all go to their device."""
+    for model in models:
+        for patcher in (model, *model.model_patches_models()):
+            elsewhere = allocation_text(patcher.model) or getattr(patcher, "is_dynamic", bool)()
+            if not elsewhere:
+                yield patcher
+
+
+def _give_way(swapped) -> None:
+    """``auto`` lets go of what those need that are loaded with it.
+
+    ComfyUI frees nothing of models that it is about to load, and a ControlNet comes first.
+    """
+    import comfy.model_management as mm
+
+    need = max(mm.minimum_inference_memory(), _wanted_free.get() + mm.extra_reserved_memory())
+    for patcher in swapped:
+        state, coming = state_of(patcher), _still_to_come(patcher.load_device)
+        missing = coming + need - mm.get_free_memory(patcher.load_device)
+        if coming and missing > 0 and state.is_auto and state.loaded:
+            state.give_way(int(missing))
 
 
 @contextmanager
@@ -285,9 +346,9 @@ def state_of(patcher) -> SwappedModel:
     if state is None:
         model = weakref.ref(patcher.model)
 
-        def learn(shape, nbytes: int, failed: bool) -> None:
+        def learn(shape, nbytes: int, failed: bool, least: int) -> None:
             note = pass_memory.fail if failed else pass_memory.learn
-            note(_kind_of(model(), shape), nbytes)
+            note(_kind_of(model(), shape), nbytes, least)
 
         state = SwappedModel(patcher.model, read_allocation(patcher), page_locks(), learn)
         setattr(patcher.model, STATE, state)

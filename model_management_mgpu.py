@@ -12,7 +12,7 @@ import inspect
 import logging
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from types import ModuleType
@@ -385,10 +385,7 @@ class MemoryJoin:
 
     def have_ram_for(self, file: FileState) -> None:
         """Before a model file is read: let others go if it would not fit in RAM, or say so."""
-        if device_utils.ram_left() < file.size:
-            self.free_ram()
-            gc.collect()
-        left = device_utils.ram_left()
+        left = self.ram_for(file.size)
         if left < file.size:
             logger.warning(
                 f"[MultiGPU] {Path(file.path).name} is {file.size / GIB:.2f} GiB, and RAM has "
@@ -397,11 +394,25 @@ class MemoryJoin:
                 f"how much of it is on the card makes no difference while it is read."
             )
 
-    def free_ram(self) -> None:
-        """RAM is short: let go of what is retained, and of the homes of what is resident."""
-        self.retention.let_go_all("RAM is short")
+    def ram_for(self, nbytes: int, model: object = None) -> int:
+        """Bytes that RAM has left for ``model``: less than ``nbytes`` once others were let go."""
+        if device_utils.ram_left() < nbytes:
+            mm = sys.modules["comfy.model_management"]
+            used = [m.model for m in mm.loaded_models(only_currently_used=True) if m is not None]
+            self.free_ram([] if model is None else [model, *used])
+            gc.collect()
+            device_utils.trim_host_heap()
+        return device_utils.ram_left()
+
+    def free_ram(self, spared: Sequence[object] = ()) -> None:
+        """RAM is short: let go of what is retained, and of the homes of what is resident.
+
+        The inner models ``spared`` run now, or are about to.
+        """
+        self.retention.let_go_all("RAM is short", spared)
         for patcher in list(self.patchers):
-            forget_homes(patcher)
+            if not any(patcher.model is model for model in spared):
+                forget_homes(patcher)
         self.tidy_later()
 
     def install(self, multigpu: ModuleType) -> None:

@@ -7,6 +7,7 @@ every other model goes on to whatever ComfyUI and MultiGPU would have done with 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from contextlib import nullcontext
 from contextvars import ContextVar
 
@@ -16,6 +17,7 @@ from .host_memory import (
     readable_by_multigpu,
     room_for_weights,
     state_of,
+    warn_if_ram_is_short,
     warn_if_too_little_is_left,
 )
 from .model_blocks import has_blocks, modules_beside, root_of
@@ -30,13 +32,17 @@ logger = logging.getLogger("MultiGPU")
 NO_BLOCKS = "_distorch2_no_blocks"
 
 
-def partially_load(wrapped, patcher, args, kwargs):
+def partially_load(ram_for: Callable[[int, object], int]):
     """Load a model with blocks by its split; its quota, not ``extra_memory``, says how much."""
-    if not is_swapped_here(patcher):
-        _say_if_blocks_are_missing(patcher.model)
-        with readable_by_multigpu(patcher):
-            return wrapped(*args, **kwargs)
-    return _load(patcher, *args, **kwargs)
+
+    def partially_load(wrapped, patcher, args, kwargs):
+        if not is_swapped_here(patcher):
+            _say_if_blocks_are_missing(patcher.model)
+            with readable_by_multigpu(patcher):
+                return wrapped(*args, **kwargs)
+        return _load(ram_for, patcher, *args, **kwargs)
+
+    return partially_load
 
 
 def _say_if_blocks_are_missing(model) -> None:
@@ -50,7 +56,7 @@ def _say_if_blocks_are_missing(model) -> None:
         logger.warning(f"[MultiGPU] {name} has no blocks to swap: left to MultiGPU")
 
 
-def _load(patcher, device_to, extra_memory=0, force_patch_weights=False, **_):
+def _load(ram_for, patcher, device_to, extra_memory=0, force_patch_weights=False, **_):
     from comfy.patcher_extension import CallbacksMP
 
     model, state = patcher.model, state_of(patcher)
@@ -64,6 +70,7 @@ def _load(patcher, device_to, extra_memory=0, force_patch_weights=False, **_):
         room = room_for_weights(patcher, state, extra_memory)
         state.fit(room)
         warn_if_too_little_is_left(state, room)
+        warn_if_ram_is_short(state, model, ram_for)
         try:
             state.load(model)
             if model.current_weight_patches_uuid is None:
@@ -78,7 +85,6 @@ def _load(patcher, device_to, extra_memory=0, force_patch_weights=False, **_):
         model.device = device_to
         model.current_weight_patches_uuid = patcher.patches_uuid
         model.model_loaded_weight_memory = state.compute_bytes()
-        state.note_memory()
         for callback in patcher.get_all_callbacks(CallbacksMP.ON_LOAD):
             callback(patcher, device_to, extra_memory, force_patch_weights, True)
         patcher.apply_hooks(patcher.forced_hooks, force_apply=True)
@@ -206,11 +212,11 @@ def get_key_patches(wrapped, patcher, args, kwargs):
     return patches
 
 
-def patches() -> list[Patch]:
-    """What is patched of ComfyUI's ``ModelPatcher``."""
+def patches(ram_for: Callable[[int, object], int]) -> list[Patch]:
+    """What is patched of ComfyUI's ``ModelPatcher``; ``ram_for`` is ``LoadingJoin``'s."""
     patcher = "comfy.model_patcher"
     return [
-        Patch(patcher, "ModelPatcher.partially_load", partially_load),
+        Patch(patcher, "ModelPatcher.partially_load", partially_load(ram_for)),
         Patch(patcher, "ModelPatcher.unpatch_model", unpatch_model),
         Patch(patcher, "ModelPatcher.partially_unload", partially_unload),
         Patch(patcher, "ModelPatcher.patch_model", patch_model),

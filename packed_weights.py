@@ -151,6 +151,11 @@ def _builder(tensor: torch.Tensor) -> Callable[[Sequence[torch.Tensor]], torch.T
     return build
 
 
+def _has_own_ram(leaf: torch.Tensor) -> bool:
+    """Whether a plain tensor lies in memory that this process has allocated, not in a file's."""
+    return leaf.device.type == "cpu" and leaf.untyped_storage().resizable()
+
+
 def copy_of(tensor: torch.Tensor) -> torch.Tensor:
     """A copy of a weight in memory of its own, which ``clone`` or ``to`` may not give."""
     with ordinary_tensors():
@@ -221,6 +226,19 @@ class Pack:
     def home_bytes(self) -> int:
         """Bytes of host memory that a pack on an accelerator has as its home."""
         return 0 if self._home is None else self.nbytes
+
+    def missing_ram(self) -> int:
+        """Bytes of RAM that it takes to have it there: none where its weights are there already.
+
+        Weights that are still pages of a file (GGUF, quantised layers) are copied.
+        """
+        if self._home is not None or (self.flat is not None and self.flat.device.type == "cpu"):
+            return 0
+        if self.flat is not None:
+            return self.nbytes
+        weights = (weight.table[weight.name] for weight in self._weights)
+        leaves = (leaf for weight in weights for leaf in _leaves_of(weight))
+        return sum(leaf.nbytes for leaf in leaves if not _has_own_ram(leaf))
 
     def place(self, device: torch.device, keep_home: bool = False) -> None:
         """Move the weights to ``device``, packing them if they are not yet packed.

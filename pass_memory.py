@@ -63,39 +63,47 @@ class PassMemory:
     def __init__(self) -> None:
         self._peaks: dict[PassKind, int] = {}
         self._failed: dict[PassKind, float] = {}
+        self._least: dict[PassKind, int] = {}
 
-    def learn(self, kind: PassKind, nbytes: int) -> None:
-        """A pass has needed ``nbytes`` beside the weights; the most of all counts."""
+    def learn(self, kind: PassKind, nbytes: int, least: int = 0) -> None:
+        """A pass has needed ``nbytes`` beside the weights; the most of all counts.
+
+        With less than ``least`` to have it has failed, whatever the allocator counts: what is free
+        in pieces fits nothing.
+        """
         self._peaks[kind] = max(nbytes, self._peaks.get(kind, 0))
+        self._least[kind] = max(least, self._least.get(kind, 0))
         self._failed.pop(kind, None)
 
-    def fail(self, kind: PassKind, nbytes: int) -> None:
+    def fail(self, kind: PassKind, nbytes: int, least: int = 0) -> None:
         """A pass has failed that needed ``nbytes`` at least: more is kept until one runs."""
         self._failed[kind] = BEYOND * max(nbytes, self._failed.get(kind, 0))
+        self._least[kind] = max(least, self._least.get(kind, 0))
 
     def knows(self, kind: PassKind) -> bool:
         """Whether a pass of this kind, in a batch of any size, was seen."""
         return any(known.batched(0) == kind.batched(0) for known in self._seen())
 
     def _seen(self) -> dict[PassKind, float]:
-        """All that is known: where a pass has failed since, what that has shown."""
-        return {**self._peaks, **self._failed}
+        """What passes need that were seen: where one has failed since, what that has shown."""
+        seen = {kind: nbytes * (1 + SLACK) for kind, nbytes in self._peaks.items()}
+        seen |= {k: max(nbytes, self._peaks.get(k, 0)) for k, nbytes in self._failed.items()}
+        return {kind: max(nbytes, self._least[kind]) for kind, nbytes in seen.items()}
 
     def need(self, kind: PassKind, estimate: float) -> float:
         """Bytes that a pass needs; ``estimate`` where nothing is known.
 
         A batch of another size needs in proportion.
         """
-        if kind in self._failed:
-            return max(self._failed[kind], self._peaks.get(kind, 0))
-        if kind in self._peaks:
-            return self._peaks[kind] * (1 + SLACK)
+        seen = self._seen()
+        if kind in seen:
+            return seen[kind]
         others = [
             nbytes * kind.latent[0] / known.latent[0]
-            for known, nbytes in self._seen().items()
+            for known, nbytes in seen.items()
             if known.batched(0) == kind.batched(0)
         ]
-        return max(others) * (1 + SLACK) if others else estimate
+        return max(others, default=estimate)
 
 
 @dataclass(frozen=True)
@@ -103,12 +111,13 @@ class Room:
     """What a device has for weights, in bytes, and why.
 
     ``free`` is what is free there with no weights of this model, ``need`` what a pass needs beside
-    them, for ``what``.
+    them, for ``what``: a ``latent`` of that shape, without batch and channels.
     """
 
     free: float
     need: float
     what: str = ""
+    latent: tuple[int, ...] = ()
 
     @property
     def nbytes(self) -> int:

@@ -6,7 +6,7 @@ import logging
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -141,10 +141,12 @@ class Retention:
             unload(mm, patcher.model)
             patcher.detach()  # where ComfyUI had evicted it already
 
-    def let_go_all(self, reason: str) -> None:
-        """Stop holding everything."""
-        for key in list(self._retained):
-            self.let_go(key, reason)
+    def let_go_all(self, reason: str, spared: Sequence[object] = ()) -> None:
+        """Stop holding everything, but what has one of the inner models ``spared``."""
+        for key, retained in list(self._retained.items()):
+            models = [patcher.model for patcher in patchers_of(retained.outputs)]
+            if not any(model is other for model in models for other in spared):
+                self.let_go(key, reason)
 
     def forget(self, key: tuple) -> None:
         """Stop holding an entry; its models stay where they are."""

@@ -56,6 +56,7 @@ class SplitTuner:
     def __init__(self) -> None:
         self.timing: step_time.Timing | None = None
         self.cheapest_bytes: int | None = None
+        self._shape: object = None  # of the pass that ``timing`` is of
         self._trial: _Trial | None = None
         self._given_up = False
         self._rejected: set[tuple[tuple[str, ...], int]] = set()  # homes, slots
@@ -95,12 +96,22 @@ class SplitTuner:
         timing = timing_of(pass_time, self.timing)
         if timing is None:
             return split
-        self.timing = timing
+        self.timing, self._shape = timing, pass_time.shape
         better = step_time.improve(split, timing) if may_change else split
         if better is split or (better.homes, better.slots) in self._rejected:
             return split
         self._trial = _Trial(split, pass_time.shape, pass_time.total)
         return better
+
+    def is_worth(self, other: Split, split: Split, latent: tuple[int, ...]) -> bool:
+        """Whether ``other`` may be faster than ``split`` for a pass over ``latent``.
+
+        It may as long as no pass over that was timed. ``latent`` is without batch and channels.
+        """
+        if self.timing is None or not latent or tuple(self._shape or ())[2:] != latent:
+            return True
+        seconds = step_time.predict(split, self.timing)
+        return step_time.predict(other, self.timing) < (1 - step_time.FREE) * seconds
 
     def give_up(self) -> None:
         """What was chosen could not be had."""

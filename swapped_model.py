@@ -33,7 +33,8 @@ SHARE_RAM = (CPU, "mps")
 # Of what a donor has free, ``auto`` leaves this share to others.
 DONOR_MARGIN = 0.1
 
-# ``auto`` grows by no less than this many blocks: what is free is never quite the same.
+# ``auto`` grows by no less than this many blocks where passes need what they did: what is free is
+# never quite the same.
 WORTH_BLOCKS = 1.25
 
 
@@ -54,7 +55,7 @@ class SwappedModel:
         model: torch.nn.Module,
         allocation: Allocation,
         locks: PageLocks,
-        on_need: Callable[[object, int, bool], None] | None = None,
+        on_need: Callable[[object, int, bool, int], None] | None = None,
     ):
         root = root_of(model)
         parts = parts_of(root)
@@ -94,7 +95,8 @@ class SwappedModel:
         self._locks = locks
         self._on_need = on_need
         self._others: int | None = None  # bytes on the compute device that are not of this model
-        self.warned_of: object = None  # what the user was last told of, before the first step
+        self._too_little: int | None = None  # bytes that the pass which is repeated has had
+        self._told: set[object] = set()  # what the user was told of, before the first step
         self._placed: Split | None = None
         self._root = weakref.ref(root)
         self._undrive: Callable[[], None] | None = None
@@ -132,9 +134,10 @@ class SwappedModel:
     def fit(self, room: Room) -> None:
         """Take what ``room`` there is for weights now, where the compute device is ``auto``.
 
-        Nothing changes where less than a block would: what is free is never quite the same.
+        Nothing changes where less than a block would, as what is free is never quite the same, nor
+        where more on the compute device is known to save no time.
         """
-        self.room = room
+        before, self.room = self.room, room
         if not self.is_auto:
             return
         wanted = self._plan(self.split.allocation)
@@ -144,9 +147,13 @@ class SwappedModel:
         held, block = self.split.compute_bytes, self.split.sizes.largest_block
         more = min(room.nbytes, self.sizes.total_bytes) - held
         becomes_whole = wanted.bytes_per_pass == 0 < self.split.bytes_per_pass
-        if held <= room.nbytes and more < WORTH_BLOCKS * block and not becomes_whole:
+        same_need = before is not None and before.need == room.need
+        worth = WORTH_BLOCKS * block if same_need else block
+        if held <= room.nbytes and more < worth and not becomes_whole:
             return
         fitted = refit_split(self.split, wanted)
+        if held <= room.nbytes and not self.tuner.is_worth(fitted, self.split, room.latent):
+            return
         if (fitted.homes, fitted.slots) != (self.split.homes, self.split.slots):
             self.split = fitted
             self.tuner.begin()
@@ -156,18 +163,11 @@ class SwappedModel:
 
         Returns whether that was possible: not at the floor, nor with a typed quota.
         """
-        if not self.is_auto:
-            return False
-        homes = tuple(device_utils.name_of(pack.device) for pack in self.packs)
-        now = replace(self.split, homes=homes)
+        now, too_little = self._placed_now(), self._room_for_a_pass()
         fewer = now.compute_bytes - max(missing, now.sizes.largest_block)
-        wanted = self._plan(now.allocation, max(0, fewer))
-        if not wanted.compute_bytes < now.compute_bytes:
+        if not self.is_auto or not self._shrink(now, max(0, fewer)):
             return False
-        self.split = refit_split(now, wanted)
-        self.tuner.begin()
-        self._place()
-        self.swap.allocate_slots()
+        self._too_little = too_little
         logger.warning(
             f"[MultiGPU] block swap: out of memory in a pass, which is repeated with "
             f"{format_bytes(self.split.compute_bytes)} of weights on {self.split.compute_device} "
@@ -175,10 +175,39 @@ class SwappedModel:
         )
         return True
 
+    def _placed_now(self) -> Split:
+        """The split as the blocks lie now: some may have been given back."""
+        homes = tuple(device_utils.name_of(pack.device) for pack in self.packs)
+        return replace(self.split, homes=homes)
+
+    def _shrink(self, now: Split, nbytes: int) -> bool:
+        """Have what ``nbytes`` of the compute device hold, if that is less than ``now``."""
+        wanted = self._plan(now.allocation, nbytes)
+        if not wanted.compute_bytes < now.compute_bytes:
+            return False
+        self.split = refit_split(now, wanted)
+        self.tuner.begin()
+        self._place()
+        self.swap.allocate_slots()
+        return True
+
     def _learn(self, shape: object, peak: int, failed: bool) -> None:
         """The allocator's peak in a pass: what it needs beside the weights is known now."""
-        if self._others is not None and self._on_need is not None:
-            self._on_need(shape, max(0, peak - self._others - self.compute_bytes()), failed)
+        if self._others is None or self._on_need is None:
+            return
+        too_little = self._room_for_a_pass() if failed else self._too_little
+        self._too_little = None
+        # A pass that could have had that much, and failed, is to have a block more or so.
+        least = 0 if too_little is None else too_little + self.sizes.largest_block // 2
+        self._on_need(shape, max(0, peak - self._others - self.compute_bytes()), failed, least)
+
+    def _room_for_a_pass(self) -> int | None:
+        """Bytes of the compute device that a pass has beside the weights, if that can be told."""
+        allocated = device_utils.allocated_memory(self.swap.compute_device)
+        if self._others is None or allocated is None:
+            return None
+        free = device_utils.free_memory(self.split.compute_device)
+        return free + allocated - self._others - self.compute_bytes()
 
     def note_memory(self) -> None:
         """The model is loaded: what is allocated besides belongs to others."""
@@ -233,6 +262,18 @@ class SwappedModel:
     def homeless_bytes(self) -> int:
         """Bytes of weights that have no place of their own yet, as before the first load."""
         return sum(pack.nbytes for pack in self.all_packs() if pack.device is None)
+
+    def ram_to_come(self) -> int:
+        """Bytes of RAM that homes of what is swapped take beyond what the weights have there."""
+        if self.swap.compute_device.type in SHARE_RAM:
+            return 0
+        homes = zip(self.packs, self._homes(), strict=True)
+        return sum(pack.missing_ram() for pack, home in homes if home.type == CPU)
+
+    def is_news(self, cause: object) -> bool:
+        """Whether the user was not told of ``cause`` yet; they are, from now on."""
+        told, self._told = self._told, self._told | {cause}
+        return cause not in told
 
     def load(self, model: torch.nn.Module) -> None:
         """Put every block where the split wants it, straight, one at a time, and print the split.
@@ -386,12 +427,21 @@ class SwappedModel:
         self.swap.update(self.split.slots or 2)
         return before - self.compute_bytes()
 
-    def give_back_spare(self, nbytes: int, offload_device: torch.device) -> int:
-        """Free up to ``nbytes`` that ``auto`` has taken and that save no time; the bytes freed."""
-        if not self.is_auto or self.tuner.cheapest_bytes is None:
-            return 0
-        spare = min(nbytes, self.compute_bytes() - self.tuner.cheapest_bytes)
-        return self.give_back(spare, offload_device) if spare > 0 else 0
+    def has_spare(self) -> bool:
+        """Whether ``auto`` may hold more than saves time."""
+        return self.loaded and self.is_auto and self.tuner.cheapest_bytes is not None
+
+    def give_way(self, nbytes: int, least: int = 0) -> None:
+        """Free up to ``nbytes`` of what ``auto`` has taken, down to ``least`` bytes or the floor.
+
+        The split has less from now on: the next load does not take back what is worth nothing.
+        """
+        before, now = self.compute_bytes(), self._placed_now()
+        if self._shrink(now, max(least, now.compute_bytes - nbytes)):
+            logger.info(
+                f"[MultiGPU] block swap: {format_bytes(before - self.compute_bytes())} of weights "
+                f"leave {self.split.compute_device}, where others need room"
+            )
 
     def unload(self, device: torch.device, donors_too: bool) -> torch.device:
         """Take the weights off the compute device; nothing is swapped any more.

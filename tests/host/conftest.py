@@ -7,6 +7,7 @@ One process boots one ComfyUI, so each combination is a run of its own (`make te
 """
 
 import gc
+import logging
 import sys
 from pathlib import Path
 
@@ -21,6 +22,8 @@ RIG = ROOT / "tests" / "rig"
 CACHE = ROOT / ".cache"
 COMPUTE = "acc:0"
 LAYERS = 8
+MIB = 1 << 20
+RESERVED = MIB // 4  # by ComfyUI, on the small cards of `card`
 
 sys.path.insert(0, str(Path(__file__).parent))
 
@@ -111,3 +114,59 @@ def reference(bench):
     latents = {seed: bench.sample(bench.plain(), seed=seed) for seed in (1, 2)}
     bench.clear()
     return latents
+
+
+@pytest.fixture
+def card(bench, monkeypatch):
+    """Makes the compute device a small one, and ComfyUI's reserves small with it."""
+    monkeypatch.setattr(bench.mm, "EXTRA_RESERVED_VRAM", RESERVED)
+    monkeypatch.setattr(bench.mm, "minimum_inference_memory", lambda: MIB // 2)
+    bench.module("host_memory").pass_memory.__init__()
+
+    def small(mebibytes):
+        monkeypatch.setitem(simulator.ledger.capacity, COMPUTE, int(mebibytes * MIB))
+
+    yield small
+    bench.clear()
+    gc.collect()
+
+
+@pytest.fixture
+def estimate(monkeypatch):
+    """Makes ComfyUI's estimate of what a video needs that many bytes."""
+    from comfy.model_base import BaseModel
+
+    original = BaseModel.__dict__["memory_required"]
+    inner = getattr(original, "__wrapped__", original)
+
+    def is_(nbytes):
+        def memory_required(model, input_shape, cond_shapes=None):
+            return nbytes * input_shape[0]
+
+        if inner is original:
+            monkeypatch.setattr(BaseModel, "memory_required", memory_required)
+        else:
+            monkeypatch.setattr(original, "__wrapped__", memory_required)
+
+    return is_
+
+
+@pytest.fixture
+def log(bench, caplog):
+    logger = bench.module("swapped_model").logger
+    logger.addHandler(caplog.handler)
+    caplog.set_level(logging.INFO, logger="MultiGPU")
+    yield lambda word: [r.getMessage() for r in caplog.records if word in r.getMessage()]
+    logger.removeHandler(caplog.handler)
+
+
+@pytest.fixture(scope="module")
+def need(bench):
+    """What a pass of the tests' video takes beside the weights, in bytes."""
+    seen = bench.module("host_memory").pass_memory
+    seen.__init__()
+    bench.sample(bench.distorch("acc:0,1mb;cpu,*"))
+    (nbytes,) = seen._peaks.values()
+    seen.__init__()
+    bench.clear()
+    return nbytes

@@ -2,78 +2,23 @@
 
 import contextlib
 import gc
-import logging
-import random
 
 import pytest
 import torch
 
-from conftest import COMPUTE
+from conftest import COMPUTE, RESERVED
 from rig import comfy_host, prompts, simulator
 
 MIB = 1 << 20
 ledger = simulator.ledger
 AUTO = f"{COMPUTE},auto;cpu,*"
-RESERVED = MIB // 4
 
 
-@pytest.fixture
-def card(bench, monkeypatch):
-    """Makes the compute device a small one, and ComfyUI's reserves small with it."""
-    monkeypatch.setattr(bench.mm, "EXTRA_RESERVED_VRAM", RESERVED)
-    monkeypatch.setattr(bench.mm, "minimum_inference_memory", lambda: MIB // 2)
-    bench.module("host_memory").pass_memory.__init__()
-
-    def small(mebibytes):
-        monkeypatch.setitem(ledger.capacity, COMPUTE, int(mebibytes * MIB))
-
-    yield small
-    bench.clear()
-    gc.collect()
+def kind_of_video(bench):
+    return bench.module("pass_memory").PassKind.of("WanModel", torch.bfloat16, (1, 16, 2, 8, 8))
 
 
-@pytest.fixture
-def estimate(monkeypatch):
-    """Makes ComfyUI's estimate of what a video needs that many bytes."""
-    from comfy.model_base import BaseModel
-
-    original = BaseModel.__dict__["memory_required"]
-    inner = getattr(original, "__wrapped__", original)
-
-    def is_(nbytes):
-        def memory_required(model, input_shape, cond_shapes=None):
-            return nbytes * input_shape[0]
-
-        if inner is original:
-            monkeypatch.setattr(BaseModel, "memory_required", memory_required)
-        else:
-            monkeypatch.setattr(original, "__wrapped__", memory_required)
-
-    return is_
-
-
-@pytest.fixture
-def log(bench, caplog):
-    logger = bench.module("swapped_model").logger
-    logger.addHandler(caplog.handler)
-    caplog.set_level(logging.INFO, logger="MultiGPU")
-    yield lambda word: [r.getMessage() for r in caplog.records if word in r.getMessage()]
-    logger.removeHandler(caplog.handler)
-
-
-@pytest.fixture(scope="module")
-def need(bench):
-    """What a pass of the tests' video takes beside the weights, in bytes."""
-    seen = bench.module("host_memory").pass_memory
-    seen.__init__()
-    bench.sample(bench.distorch("acc:0,1mb;cpu,*"))
-    (nbytes,) = seen._peaks.values()
-    seen.__init__()
-    bench.clear()
-    return nbytes
-
-
-@pytest.mark.parametrize("mebibytes", [7, 8, 10, 12, 16, 19, 21, 40])
+@pytest.mark.parametrize("mebibytes", [7, 8, 9, 10, 12, 16, 19, 21, 40])
 def test_the_card_is_full_and_never_over(bench, card, need, reference, mebibytes):
     """Whatever ComfyUI's estimate is worth: the first prompt runs, the second fills the card."""
     card(mebibytes)
@@ -84,7 +29,7 @@ def test_the_card_is_full_and_never_over(bench, card, need, reference, mebibytes
     state = bench.state()
     may = min(mebibytes * MIB - 1.03 * need - RESERVED, state.sizes.total_bytes)
     assert state.split.compute_bytes <= may or len(state.split.swapped) == len(state.split.homes)
-    assert state.split.compute_bytes >= 0.95 * may - 1.3 * state.sizes.largest_block
+    assert state.split.compute_bytes >= may - 1 - state.sizes.largest_block
 
 
 @pytest.mark.parametrize("factor", [0.0, 0.3, 1.0, 3.0])
@@ -102,6 +47,30 @@ def test_a_wrong_estimate_is_learnt_within_two_prompts(
     assert splits[1] == splits[2] == splits[3]
     assert repeats[1:] == [0, 0, 0]
     assert (repeats[0] > 0) == (factor < 0.5)
+
+
+def test_memory_that_is_free_in_pieces_is_learnt_too(
+    bench, card, need, reference, log, monkeypatch
+):
+    """The allocator's peak is no more than before, and still there was too little."""
+    card(14)
+    bench.module("host_memory").pass_memory.learn(kind_of_video(bench), need)
+    require = ledger.require
+
+    def in_pieces(device, nbytes):
+        if device == COMPUTE and bench.module("device_utils").pass_device() is not None:
+            with monkeypatch.context() as patch:
+                patch.setitem(ledger.capacity, COMPUTE, 11 * MIB)
+                return require(device, nbytes)
+        return require(device, nbytes)
+
+    monkeypatch.setattr(ledger, "require", in_pieces)
+    repeats = []
+    for seed in (1, 2, 1, 2):
+        before = len(log("out of memory in a pass"))
+        assert bench.sample(bench.distorch(AUTO), seed=seed).equal(reference[seed])
+        repeats.append(len(log("out of memory in a pass")) - before)
+    assert repeats[0] > 0 and repeats[1:] == [0, 0, 0]
 
 
 def test_a_pass_that_runs_out_of_memory_is_repeated(bench, card, estimate, reference, log):
@@ -198,8 +167,7 @@ def test_a_typed_quota_that_leaves_too_little_is_told_once(
     bench, card, need, log, quota, static_split
 ):
     """Before the first step, with the largest quota that fits, exactly where it is due."""
-    kind = bench.module("pass_memory").PassKind.of("WanModel", torch.bfloat16, (1, 16, 2, 8, 8))
-    bench.module("host_memory").pass_memory.learn(kind, need)
+    bench.module("host_memory").pass_memory.learn(kind_of_video(bench), need)
     loader = bench.distorch(f"{COMPUTE},{quota}mb;cpu,*")
     patcher = bench.load(loader)
     bench.mm.load_models_gpu([patcher])
@@ -231,36 +199,6 @@ def test_what_is_free_is_never_quite_the_same_and_nothing_flaps(bench, card, nee
     card(14)
     ledger.clear_copies()
     assert bench.sample(bench.distorch(AUTO), seed=1).equal(reference[1])
-
-
-def test_prompts_of_random_sizes_models_and_cards(bench, card):
-    """Whatever comes, it runs, is right, and leaves nothing behind."""
-    rng = random.Random(5)
-    files = ("wan.safetensors", "other.safetensors")
-    sizes = ((64, 64, 5), (64, 128, 9), (128, 128, 17))
-
-    def sampled(loader, size, seed):
-        nodes = prompts.guided({"1": loader}, "1", seed, 1)
-        names = ("width", "height", "length")
-        inputs = {**dict(zip(names, size, strict=True)), "batch_size": 1}
-        nodes["22"] = {**prompts.EMPTY_LATENT, "inputs": inputs}
-        bench.host.run(nodes)
-        return bench.host.custom_module("probe").LATENTS.pop("out")
-
-    card(64)
-    plain = {file: bench.plain(file) for file in files}
-    expected = {(f, s): sampled(plain[f], s, seed=1) for f in files for s in sizes}
-    bench.clear()
-    for n in range(24):
-        mebibytes = rng.choice((12, 14, 16, 20))
-        if ledger.allocated[COMPUTE] < mebibytes * MIB:  # nobody can take what is in use
-            card(mebibytes)
-        file, size = rng.choice(files), rng.choice(sizes)
-        out = sampled(bench.distorch(AUTO, unet_name=file), size, seed=1)
-        assert out.equal(expected[file, size]), n
-    bench.clear()
-    gc.collect()
-    assert set(ledger.allocated.values()) == {0}
 
 
 def test_prompt_after_prompt_nothing_moves_and_nothing_is_said(bench, card, log):

@@ -4,7 +4,6 @@ import sys
 from contextlib import contextmanager
 from types import SimpleNamespace
 
-import psutil
 import pytest
 import torch
 
@@ -214,7 +213,7 @@ def test_directml_devices_have_names_that_torch_does_not_know(monkeypatch):
 
 def test_the_cpu():
     assert device_utils.device_names()[0] == "cpu"
-    assert device_utils.total_memory("cpu") == psutil.virtual_memory().total
+    assert device_utils.total_memory("cpu") == device_utils.ram()[1]
     assert 0 < device_utils.used_memory("cpu") < device_utils.total_memory("cpu")
     assert device_utils.stream_module(torch.device("cpu")) is None
     device_utils.synchronize(torch.device("cpu"))
@@ -250,5 +249,7 @@ def test_ram_is_the_machines_outside_of_a_container(machine):
 def test_ram_is_what_its_limit_leaves_inside(machine, version):
     write_cgroup(machine, version, 16 << 30)
     assert device_utils.ram() == (8 << 30, 16 << 30)
+    assert device_utils.total_memory("cpu") == 16 << 30  # one truth, also for fractions of it
+    assert device_utils.used_memory("cpu") == 8 << 30
     write_cgroup(machine, version, 8 << 30)
     assert device_utils.ram() == (0, 8 << 30)

@@ -87,3 +87,15 @@ def test_a_failure_in_another_batch_is_known_in_proportion():
     memory.fail(VIDEO.batched(2), 2000)
     assert memory.knows(VIDEO)
     assert memory.need(VIDEO, 0) > 1000
+
+
+@pytest.mark.parametrize("failed", [False, True])
+def test_what_was_too_little_is_not_given_again_whatever_the_allocator_counts(failed):
+    """Memory that is free in pieces: the pass has failed with more than its peak says."""
+    memory = PassMemory()
+    note = memory.fail if failed else memory.learn
+    note(VIDEO, 1000, least=5000)
+    memory.learn(VIDEO, 1000)
+    assert memory.need(VIDEO, 0) == 5000
+    assert memory.need(VIDEO.batched(2), 0) == 10000
+    assert memory.knows(VIDEO)
