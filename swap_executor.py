@@ -79,7 +79,8 @@ class BlockSwap:
         self._last_slot: dict[int, Slot] = {}
         self._said = False
         # Gets the bytes that a pass could not have, and says whether it has made room for them:
-        # what ran out of memory is then run again.
+        # what ran out of memory is then run again, if it ``repeats`` at all.
+        self.repeats = False
         self.on_missing: Callable[[int], bool] | None = None
         self._inside = ExitStack()
         # Slots and homes must outlive the copies that are still on their way.

@@ -14,6 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import torch
+from torch.utils._pytree import tree_leaves
 
 from .module_calls import CallSite, Wrap, entry_methods, has_forward, methods_called_by
 from .packed_weights import Pack
@@ -23,6 +24,7 @@ class Swap(Protocol):
     """What is driven. ``calls`` names, for every block, the modules whose calls want it."""
 
     compute_device: torch.device
+    repeats: bool
     calls: Sequence[Sequence[str]]
     tables: Mapping[str, Pack]
 
@@ -126,30 +128,66 @@ def _opening(
             return call(*args, **kwargs)
         tensors = (a for a in (*args, kwargs.get("x")) if isinstance(a, torch.Tensor))
         shape = next((tensor.shape for tensor in tensors), None)
+        eager = not torch.compiler.is_compiling()  # what is compiled as a whole fails as a whole
+        given = Contents(args, kwargs) if swap.repeats and eager else None
         while True:
             try:
                 with swap.forward_pass(entry, shape):
                     return call(*args, **kwargs)
             except Exception as error:
                 # What the method computes is a function of its inputs: it can run again.
-                may_repeat = is_plain() and not keeps_state(args, kwargs, not swap.in_pass)
-                if not swap.find_room(error, may_repeat):
+                own = is_plain() and not keeps_state(args, kwargs, not swap.in_pass)
+                if not swap.find_room(error, own and given is not None and given.are_as_before()):
                     raise
 
     return opening
+
+
+class Contents:
+    """What the tensors of a call hold: some models write into them (Hunyuan-DiT, T5).
+
+    Tensors of ``torch.inference_mode`` count no versions, and a copy of them all may not fit: so a
+    sum of each is kept, which is computed behind what the device has to do, and read only where a
+    call has failed.
+    """
+
+    def __init__(self, args: tuple, kwargs: dict):
+        leaves = tree_leaves((args, kwargs))
+        self._tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        self._before = self._sums()
+
+    def _sums(self) -> list[torch.Tensor]:
+        return [tensor.sum(dtype=_sum_type(tensor)) for tensor in self._tensors]
+
+    def are_as_before(self) -> bool:
+        """Whether nothing was written; a sum that is no number, or cannot be had, tells nothing."""
+        try:
+            now = self._sums()
+        except torch.OutOfMemoryError:
+            return False
+        return all(map(torch.equal, now, self._before))
+
+
+def _sum_type(tensor: torch.Tensor) -> torch.dtype | None:
+    """The most exact numbers that a device adds up in; as they are, where they are complex."""
+    if tensor.is_complex():
+        return None
+    return torch.float32 if tensor.device.type == "mps" else torch.float64
 
 
 def keeps_state(args: tuple, kwargs: dict, outermost: bool) -> bool:
     """Whether a call writes into what it is given, or into what others wrap it with.
 
     Autoregressive models fill caches, a dictionary for every block, as they go; what wraps a
-    forward (ComfyUI's ``wrappers``: EasyCache and the like) counts the outermost calls.
+    forward (ComfyUI's ``wrappers`` of a diffusion model) counts the outermost calls; its wrappers
+    of other things, EasyCache's and context windows' among them, lie above.
     """
     options = kwargs.get("transformer_options") or {}
     caches = (a for a in (*args, *kwargs.values()) if isinstance(a, (list, tuple)))
     if any(isinstance(entry, dict) for cache in caches for entry in cache):
         return True
-    return "ar_state" in options or (outermost and bool(options.get("wrappers")))
+    wraps = (options.get("wrappers") or {}).get("diffusion_model")
+    return "ar_state" in options or (outermost and bool(wraps))
 
 
 def holds(path: str, name: str) -> bool:

@@ -291,6 +291,7 @@ class SwappedModel:
         self.swap.watch.time_passes(lambda pass_time: timed()(pass_time))
         learn, make_room = weakref.WeakMethod(self._learn), weakref.WeakMethod(self._make_room)
         self.swap.watch.take_peaks(lambda *peak, failed: learn()(*peak, failed))
+        self.swap.repeats = self.is_auto
         self.swap.on_missing = lambda nbytes: make_room()(nbytes)
         logger.info("\n".join([self.split.table(), *self._remarks()]))
         self._start_driving()

@@ -594,3 +594,47 @@ def test_copies_that_are_queued_meanwhile_do_not_count(monkeypatch):
 
     monkeypatch.setattr(simulator.Event, "query", queues_another)
     assert len(timer.result().copies) == 1
+
+
+class Failing(Model):
+    """Runs out of memory once, in block 5; ``writes`` names what has written into its inputs."""
+
+    def __init__(self, writes):
+        super().__init__()
+        self.writes, self.failed = writes, False
+
+    def forward(self, x):
+        if "forward" in self.writes:
+            x += 1
+        return self.loop(self.embed(x))
+
+    def loop(self, x):
+        if "loop" in self.writes:
+            x += 1
+        for i, block in enumerate(self.blocks):
+            if i == 5 and not self.failed:
+                self.failed = True
+                raise torch.OutOfMemoryError("Tried to allocate 1.00 MiB")
+            x = block(x)
+        return x
+
+
+@pytest.mark.parametrize("repeats", [False, True])
+@pytest.mark.parametrize("writes", [(), ("loop",), ("forward",), ("forward", "loop")])
+def test_what_has_written_into_its_inputs_does_not_run_again(writes, repeats):
+    """The loop runs again, or else the forward, whose own the inputs of the loop are."""
+    with torch.inference_mode():
+        model = Failing(writes)
+        swap = swap_of(model, HOMES["half"])
+        swap.repeats, swap.on_missing = repeats, lambda nbytes: nbytes == 1 << 20
+        x = torch.randn(4, 32, generator=torch.Generator().manual_seed(1))
+        reference = Failing(writes)
+        reference.failed = True
+        expected = reference(x.clone())
+        if repeats and len(writes) < 2:
+            assert torch.equal(model(x.to(COMPUTE)).cpu(), expected)
+        else:
+            with pytest.raises(torch.OutOfMemoryError):
+                model(x.to(COMPUTE))
+        assert at_home(swap, model)
+        assert torch.equal(model(x.to(COMPUTE)).cpu(), expected)

@@ -6,6 +6,7 @@ import torch
 from block_swap.swap_hooks import keeps_state
 
 X = torch.zeros(1, 2)
+ABOVE = {"transformer_options": {"wrappers": {"outer_sample": {"cache": [print]}}}}
 WRAPPED = {"transformer_options": {"wrappers": {"diffusion_model": {"cache": [print]}}}}
 
 
@@ -18,6 +19,7 @@ WRAPPED = {"transformer_options": {"wrappers": {"diffusion_model": {"cache": [pr
         ((X,), {"kv_caches": [{"end": 0}]}, False, True),
         ((X,), {"transformer_options": {"ar_state": object()}}, True, True),
         ((X,), WRAPPED, True, True),  # it would see two passes
+        ((X,), ABOVE, True, False),  # it sees the one that it has begun
         ((X,), WRAPPED, False, False),  # it sees the one around what is repeated
         ((X,), {"transformer_options": None}, True, False),
         ((X, [X, X], (4, 4)), {}, True, False),
