@@ -26,7 +26,7 @@ export RUFF_CACHE_DIR = .cache/ruff
 
 # One process boots one ComfyUI, so every combination is a run of its own, as are the tests that
 # want simulated devices of another size. The longest come first.
-RUNS := $(COMFYUI:%=host-%) $(COMFYUI:%=server-%) large $(SMOKE:%=smoke-%) \
+RUNS := $(COMFYUI:%=host-%) $(COMFYUI:%=zoo-%) $(COMFYUI:%=server-%) large $(SMOKE:%=smoke-%) \
 	$(CONTRACTS:%=contract-%) device simulated peers grid host-time unit simulator
 
 .PHONY: test test-cuda zoo auto demo bench staging lint clean $(RUNS)
@@ -66,9 +66,16 @@ $(SMOKE:%=smoke-%): smoke-%: $(READY)
 			--comfyui $* --multigpu "$$multigpu"; \
 	done
 
-# Every other transformer of the host, small: that each runs, and the same everywhere.
+# Every transformer of the host that is no Wan, small: that each runs, the same everywhere, and
+# swapped. The check of a commit takes a part of it, on the newest host and the oldest.
 zoo: $(READY)
-	$(PYTEST) tests/host/zoo --comfyui $(firstword $(COMFYUI))
+	set -e; for version in $(COMFYUI); do $(PYTEST) tests/host/zoo --comfyui $$version; done
+
+$(COMFYUI:%=zoo-%): zoo-%: $(READY)
+	$(PYTEST) tests/host/zoo --comfyui $* -k "every_class_is_known or half or $(call FILES,$*)"
+
+# Files of every kind take a minute: on the newest host only.
+FILES = $(if $(filter $(firstword $(COMFYUI)),$(1)),every_file,control_net)
 
 # `auto`: every cell of its grid, where the suite takes a sample, and 200 prompts instead of 24.
 auto: $(READY)

@@ -1,4 +1,4 @@
-"""DisTorch2 Block Swap: makes the allocation strings of ComfyUI-MultiGPU true for Wan models.
+"""DisTorch2 Block Swap: makes the allocation strings of ComfyUI-MultiGPU true.
 
 What ComfyUI imports. The package has no nodes of its own; see README.md.
 """

@@ -183,3 +183,18 @@ def test_a_control_net_controls(bench, written, assert_swapped):
         bench.clear()
         net = control(text)
         assert_swapped(lambda n, net=net: sample(net, seed=1 + n, clear=False), expected)
+
+
+@pytest.mark.parametrize(("key", "mebibytes"), [("UMT5", 71), ("Qwen2.5-VL", 3), ("Gemma", 1.9)])
+def test_auto_has_room_for_a_text_encoder(bench, written, card, key, mebibytes):
+    """Nobody knows yet what an encode needs: a pass that fails gives blocks back."""
+    written("text_encoders", tiny_models.write_text, key)
+    kind = tiny_models.TEXTS[key].kind
+    expected = kept(bench, tiny_models.encoding(clip(kind)), "text")
+    bench.clear()
+    card(mebibytes)
+    prompt = tiny_models.encoding(clip(kind, "acc:0,auto;cpu,*"))
+    assert torch.equal(kept(bench, prompt, "text"), expected)
+    split = bench.state().split
+    assert split.compute_bytes < split.sizes.total_bytes
+    assert split.homes[-1] == "cpu"
