@@ -340,7 +340,8 @@ def loaded_size(wrapped, patcher, args, kwargs):
 def state_of(patcher) -> SwappedModel:
     """The swap state of a patcher's model, made at its first load."""
     state = getattr(patcher.model, STATE, None)
-    if state is not None and state.swap.compute_device != patcher.load_device:
+    compiled = state is not None and state.swap.meets_compiled
+    if compiled or (state is not None and state.swap.compute_device != patcher.load_device):
         state.unload(patcher.offload_device, donors_too=True)
         state = None
     if state is None:
@@ -350,7 +351,8 @@ def state_of(patcher) -> SwappedModel:
             note = pass_memory.fail if failed else pass_memory.learn
             note(_kind_of(model(), shape), nbytes, least)
 
-        state = SwappedModel(patcher.model, read_allocation(patcher), page_locks(), learn)
+        allocation, locks = read_allocation(patcher), page_locks()
+        state = SwappedModel(patcher.model, allocation, locks, learn, whole=compiled)
         setattr(patcher.model, STATE, state)
     return state
 

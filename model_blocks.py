@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .module_calls import children_called_by, has_forward
+from .module_calls import children_called_by, has_forward, names_used
 
 LISTS = (torch.nn.ModuleList, torch.nn.ModuleDict)
 
@@ -22,6 +22,13 @@ REAL_SHARE = 0.02
 
 # A ``Sequential`` member of a list with a larger share of the model is more than one block.
 LARGE_SHARE = 0.05
+
+# Parts of blocks that are smaller than this move with the block: a copy of their own costs the host
+# some 50 us, and a bus the same.
+PART_BYTES = 32 << 20
+
+# Of a block that moves in parts, these are so much at least; the rest stays resident.
+PARTS_SHARE = 0.95
 
 # Modules that a Wan calls as a whole before its blocks, large enough to be worth moving. Their
 # names stand in every checkpoint.
@@ -33,15 +40,16 @@ _Members = list[_Member]
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """Modules of a model that move together: one block, or an embedding.
+    """Modules of a model that move together: one block, a part of one, or an embedding.
 
     ``calls`` are the names of the modules whose calls want it: its own, and those of children that
-    are called by others.
+    are called by others. ``block`` names the block that it is a part of.
     """
 
     name: str
     module: torch.nn.Module
     calls: tuple[str, ...]
+    block: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,14 +93,18 @@ def has_blocks(root: torch.nn.Module) -> bool:
     return next(_lists(root, "", _nbytes(root)), None) is not None
 
 
-def parts_of(root: torch.nn.Module) -> ModelParts:
-    """The parts of a model; none where it has no lists that are worth it."""
+def parts_of(root: torch.nn.Module, in_parts: bool = False) -> ModelParts:
+    """The parts of a model; none where it has no lists that are worth it.
+
+    With ``in_parts``, blocks are divided where they can be.
+    """
     whole = _nbytes(root)
     blocks, seen = [], set()
     for name, module in _in_execution_order(list(_lists(root, "", whole))):
         if id(module) not in seen:  # one block in two places is one block
             seen.update(map(id, module.modules()))
-            blocks.append(_part(root, name, module))
+            divided = list(_divided(name, module)) if in_parts else []
+            blocks.extend(divided or [_part(root, name, module)])
     embeddings = [
         _part(root, name, child)
         for name, child in root.named_children()
@@ -132,6 +144,38 @@ def _part(root: torch.nn.Module, name: str, module: torch.nn.Module) -> Part:
     above = {type(module) for module in _above(root, name)}
     children = [f"{name}.{child}" for child in children_called_by(above, module)]
     return Part(name, module, (name, *children) if has_forward(module) else tuple(children))
+
+
+def _divided(name: str, block: torch.nn.Module) -> Iterator[Part]:
+    """The large children of a block, if they are most of it and each is called as one.
+
+    A child whose own children the block calls (Flux: ``img_attn.qkv``) is wanted in turns with
+    others: in parts it would travel twice.
+    """
+    children = [
+        (f"{name}.{path}", child)
+        for path, child in _children(block)
+        if _nbytes(child) >= PART_BYTES
+    ]
+    named = names_used(type(block))
+    enough = sum(_nbytes(child) for _, child in children) >= PARTS_SHARE * _nbytes(block)
+    if len(children) > 1 and enough and not any(_is_entered(c, named) for _, c in children):
+        for path, child in children:
+            yield Part(path, child, (path,), block=name)
+
+
+def _children(block: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
+    """The direct children of a block, and those in its lists."""
+    for key, child in block.named_children():
+        if isinstance(child, LISTS):
+            yield from ((f"{key}.{path}", member) for path, member in _children(child))
+        else:
+            yield key, child
+
+
+def _is_entered(child: torch.nn.Module, named: frozenset[str]) -> bool:
+    """Whether the names that a block uses reach into one of its children."""
+    return not has_forward(child) or any(name in named for name, _ in child.named_children())
 
 
 def _above(root: torch.nn.Module, name: str) -> Iterator[torch.nn.Module]:

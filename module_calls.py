@@ -10,7 +10,7 @@ import functools
 import inspect
 import types
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 import torch
 
@@ -24,7 +24,8 @@ class CallSite:
     """One place in a model: calls of the module that hangs there go through a wrapper.
 
     ``path`` names the place, ``methods`` what is wrapped. ``wrap`` is given what would have been
-    called, and returns what is called instead. Holds neither modules nor hooks.
+    called, and returns what is called instead. Holds neither modules nor hooks. Nothing is hooked
+    before the first ``follow``.
     """
 
     def __init__(self, model: torch.nn.Module, path: str, methods: Iterable[str], wrap: Wrap):
@@ -35,13 +36,12 @@ class CallSite:
         self._module: weakref.ref | None = None
         self._before: dict[str, Callable | None] = {}  # what stood in place of each hook
         self._own: dict[str, weakref.ref] = {}  # the hooks
-        self.attach()
 
     def _at_place(self) -> torch.nn.Module | None:
         parent = self._parent()
         return parent if parent is None or not self._key else parent._modules.get(self._key)
 
-    def attach(self) -> None:
+    def _attach(self) -> None:
         """Hook the module that hangs there now."""
         module = self._at_place()
         if module is None:
@@ -69,7 +69,7 @@ class CallSite:
         module = self._at_place()
         if module is not None and not self._is_hooked(module):
             self.detach()
-            self.attach()
+            self._attach()
 
     def _hooks(self, module: torch.nn.Module, name: str) -> bool:
         hook = self._own.get(name)
@@ -78,9 +78,16 @@ class CallSite:
     def _is_hooked(self, module: torch.nn.Module) -> bool:
         if self._module is None or module is not self._module():
             return False
-        is_compiled = module.__dict__.get(COMPILED) is not None
-        names = {_called(module, name) for name in self._methods} if is_compiled else self._before
+        names = self._before
+        if _is_compiled(module):
+            names = {_called(module, name) for name in self._methods}
         return all(self._hooks(module, name) for name in names)
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether ``torch.compile`` has made something of the module that hangs there."""
+        module = self._at_place()
+        return module is not None and ("_orig_mod" in module._modules or _is_compiled(module))
 
     @property
     def is_plain(self) -> bool:
@@ -90,9 +97,42 @@ class CallSite:
         return own and module is not None and self._is_hooked(module)
 
 
+class DividedSite:
+    """A block whose parts are wanted one by one, or all at once where it is compiled as a whole.
+
+    A hook inside of what is compiled would break its graph.
+    """
+
+    def __init__(self, parts: Sequence[CallSite], whole: CallSite):
+        self._parts = tuple(parts)
+        self._whole = whole
+        self.is_compiled = False  # when last followed
+
+    def follow(self) -> None:
+        """Hook what is called by now."""
+        self.is_compiled = self._whole.is_compiled
+        for site in self._parts if self.is_compiled else (self._whole,):
+            site.detach()
+        for site in (self._whole,) if self.is_compiled else self._parts:
+            site.follow()
+
+    def detach(self) -> None:
+        """Leave the modules as they were found."""
+        for site in (*self._parts, self._whole):
+            site.detach()
+
+
+Site = CallSite | DividedSite
+
+
 def _called(module: torch.nn.Module, name: str) -> str:
     """Where a call of ``name`` comes to: compiled in place, no ``forward`` may be in the way."""
-    return COMPILED if name == "forward" and module.__dict__.get(COMPILED) is not None else name
+    return COMPILED if name == "forward" and _is_compiled(module) else name
+
+
+def _is_compiled(module: torch.nn.Module) -> bool:
+    """Whether a module was compiled in place."""
+    return module.__dict__.get(COMPILED) is not None
 
 
 def _method(module: weakref.ref, name: str) -> Callable:

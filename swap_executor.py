@@ -20,7 +20,7 @@ from . import device_utils
 from .block_order import BlockOrders
 from .device_utils import running_on, synchronize
 from .donor_link import Links, Slot, Use
-from .module_calls import CallSite
+from .module_calls import DividedSite, Site
 from .packed_weights import Pack, ordinary_tensors
 from .page_locks import PageLocks
 from .pass_watch import PassWatch
@@ -36,6 +36,7 @@ class BlockSwap:
     and ``leading`` the indices of those that run before the blocks proper; both are in the order
     that is likely until a pass has shown it. ``tables`` are packs of which a pass needs a few rows,
     by the names of the modules that look them up; ``beside`` are others that are not swapped.
+    ``wholes`` names blocks that move in parts, and gives the indices of these.
     ``update`` and ``allocate_slots`` come before the first pass.
 
     The model's own forward drives the swap: a block is brought in when it is called, and kept until
@@ -51,6 +52,7 @@ class BlockSwap:
         calls: Sequence[Sequence[str]],
         leading: Collection[int] = (),
         tables: Mapping[str, Pack] | None = None,
+        wholes: Mapping[str, Sequence[int]] | None = None,
         locks: PageLocks | None = None,
         beside: Sequence[Pack] = (),
     ):
@@ -62,13 +64,14 @@ class BlockSwap:
         self.calls = tuple(tuple(names) for names in calls)
         self._leading = frozenset(leading)
         self.tables = dict(tables or {})
+        self.wholes = dict(wholes or {})
         self._slots: list[Slot] = []
         self.links = Links(compute_device, locks)
         self._swapped: frozenset[int] = frozenset()
         self._entry = ""  # of the pass that runs, or was the last
         self._blocks_of = functools.partial(_blocks_of, self.calls, self._leading)
         self._order = BlockOrders(self._blocks_of)
-        self._sites: list[CallSite] = []
+        self._sites: list[Site] = []
         self._taken: set[int] = set()  # in the pass that runs
         self._ran: set[int] = set()  # in passes that were completed
         self._held: set[int] = set()  # by what these were passes of
@@ -241,18 +244,28 @@ class BlockSwap:
         """Whether block ``index`` has been called, and has not returned."""
         return index in self._running
 
-    def enter_block(self, index: int) -> None:
-        """Block ``index`` is called: bring it in, and let go of those whose calls have returned."""
+    @property
+    def meets_compiled(self) -> bool:
+        """Whether blocks that move in parts have turned out to be compiled as a whole."""
+        return any(isinstance(site, DividedSite) and site.is_compiled for site in self._sites)
+
+    def enter_block(self, *indices: int) -> None:
+        """A block is called: bring it in, and let go of those whose calls have returned.
+
+        It is more than one, where it moves in parts and was compiled as a whole.
+        """
         while self._kept:
             self.release(self._kept.pop())
-        self._running[index] = self.acquire(index)
+        for index in indices:
+            self._running[index] = self.acquire(index)
 
-    def leave_block(self, index: int) -> None:
-        """The call of block ``index`` returns; what comes before the next one may still use it."""
+    def leave_block(self, *indices: int) -> None:
+        """The call returns; what comes before the next one may still use the block."""
         if self.watch.timer is not None:
             self.watch.timer.block_ends()
-        if index in self._running:
-            self._kept.append(self._running.pop(index))
+        for index in indices:
+            if index in self._running:
+                self._kept.append(self._running.pop(index))
 
     def acquire(self, index: int) -> Use | None:
         """Bring block ``index`` in, its copy ordered before the computation that follows.

@@ -16,7 +16,15 @@ from typing import Protocol
 import torch
 from torch.utils._pytree import tree_leaves
 
-from .module_calls import CallSite, Wrap, entry_methods, has_forward, methods_called_by
+from .module_calls import (
+    CallSite,
+    DividedSite,
+    Site,
+    Wrap,
+    entry_methods,
+    has_forward,
+    methods_called_by,
+)
 from .packed_weights import Pack
 
 
@@ -27,6 +35,7 @@ class Swap(Protocol):
     repeats: bool
     calls: Sequence[Sequence[str]]
     tables: Mapping[str, Pack]
+    wholes: Mapping[str, Sequence[int]]
 
     @property
     def in_pass(self) -> bool: ...
@@ -35,9 +44,9 @@ class Swap(Protocol):
 
     def is_running(self, index: int) -> bool: ...
 
-    def enter_block(self, index: int) -> None: ...
+    def enter_block(self, *indices: int) -> None: ...
 
-    def leave_block(self, index: int) -> None: ...
+    def leave_block(self, *indices: int) -> None: ...
 
     def find_room(self, error: Exception, may_repeat: bool) -> bool: ...
 
@@ -46,21 +55,28 @@ class Swap(Protocol):
 _HIDDEN = ("enter_block", "leave_block", "_open", "_close")
 
 
-def drive(swap: Swap, model: torch.nn.Module) -> tuple[Callable[[], None], list[CallSite]]:
+def drive(swap: Swap, model: torch.nn.Module) -> tuple[Callable[[], None], list[Site]]:
     """Let ``model`` run through ``swap``: the function that undoes it, and where blocks are called.
 
     Hooks are on instances, and hold them weakly: a model that nobody else holds dies.
     """
     _hide_from_dynamo(type(swap))
     driving = [True]  # empty once this is undone: an entry that others have kept only calls on
-    holders = _holders(model, [name for names in swap.calls for name in names])
-    blocks = []
-    for index, names in enumerate(swap.calls):
-        for name in names:
-            above = {type(model.get_submodule(path)) for path in holders if holds(path, name)}
-            methods = methods_called_by(above, type(model.get_submodule(name)))
-            wrap = _wrap(_wanting, swap, driving, index)
-            blocks.append(CallSite(model, name, methods, wrap))
+    holders = _holders(model, [*swap.wholes, *(name for names in swap.calls for name in names)])
+
+    def site_of(name: str, *indices: int) -> CallSite:
+        above = {type(model.get_submodule(path)) for path in holders if holds(path, name)}
+        methods = methods_called_by(above, type(model.get_submodule(name)))
+        return CallSite(model, name, methods, _wrap(_wanting, swap, driving, indices))
+
+    sites = [[site_of(name, index) for name in names] for index, names in enumerate(swap.calls)]
+    in_parts = {index for indices in swap.wholes.values() for index in indices}
+    blocks: list[Site] = [
+        s for index, own in enumerate(sites) if index not in in_parts for s in own
+    ]
+    for name, indices in swap.wholes.items():
+        parts = [site for index in indices for site in sites[index]]
+        blocks.append(DividedSite(parts, site_of(name, *indices)))
     entries: list[CallSite] = []
 
     def is_plain() -> bool:
@@ -76,6 +92,9 @@ def drive(swap: Swap, model: torch.nn.Module) -> tuple[Callable[[], None], list[
         for name, pack in swap.tables.items()
     ]
 
+    for site in (*blocks, *entries, *lookups):
+        site.follow()
+
     def undo() -> None:
         driving.clear()
         for site in (*blocks, *entries, *lookups):
@@ -90,18 +109,19 @@ def _wrap(hook: Callable, swap: Swap, *args) -> Wrap:
     return lambda call: functools.wraps(call)(hook(reference(), *args, call))
 
 
-def _wanting(swap: Swap, driving: list[bool], index: int, call: Callable) -> Callable:
-    """``call``, which wants block ``index``; outside of a pass it is one."""
+def _wanting(swap: Swap, driving: list[bool], indices: tuple[int, ...], call: Callable) -> Callable:
+    """``call``, which wants a block, or all parts of one; outside of a pass it is one."""
+    first = indices[0]
 
     def wanting(*args, **kwargs):
-        if not driving or swap.is_running(index):
+        if not driving or swap.is_running(first):
             return call(*args, **kwargs)
-        with nullcontext() if swap.in_pass else swap.forward_pass(swap.calls[index][0]):
-            swap.enter_block(index)
+        with nullcontext() if swap.in_pass else swap.forward_pass(swap.calls[first][0]):
+            swap.enter_block(*indices)
             try:
                 return call(*args, **kwargs)
             finally:
-                swap.leave_block(index)
+                swap.leave_block(*indices)
 
     return wanting
 

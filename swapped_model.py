@@ -12,12 +12,13 @@ import torch
 
 from . import device_utils, step_time
 from .allocation_parser import CPU, Allocation
-from .model_blocks import modules_beside, parts_of, root_of, tensors_of
+from .model_blocks import modules_beside, root_of
+from .model_layout import Layout, is_better
 from .packed_weights import Pack
 from .page_locks import Need, PageLocks
 from .pass_memory import Room
 from .pass_timing import PassTime
-from .split import Block, ModelSizes, Split, format_bytes
+from .split import ModelSizes, Split, format_bytes
 from .split_planner import plan_split, refit_split
 from .split_tuner import SplitTuner
 from .swap_executor import BlockSwap
@@ -56,70 +57,80 @@ class SwappedModel:
         allocation: Allocation,
         locks: PageLocks,
         on_need: Callable[[object, int, bool, int], None] | None = None,
+        whole: bool = False,
     ):
-        root = root_of(model)
-        parts = parts_of(root)
-        stays = parts.non_block(root)
-        self.packs = [
-            Pack.layout(part.module.modules(), lambda tensor: id(tensor) not in stays)
-            for part in parts.all
-        ]
-        self.non_block = Pack.layout(root.modules(), lambda tensor: id(tensor) in stays)
-        # What the inner model holds beside the diffusion model (sigmas) moves along, unpacked:
-        # ComfyUI replaces these modules and buffers at will.
-        beside = sum(t.nbytes for module in modules_beside(model) for t in tensors_of(module))
-        sized = [
-            Block(part.name, pack.nbytes) for part, pack in zip(parts.all, self.packs, strict=True)
-        ]
-        travel = len(parts.blocks) + len(parts.embeddings)
-        self.sizes = ModelSizes(
-            blocks=tuple(sized[: len(parts.blocks)]),
-            embeddings=tuple(sized[len(parts.blocks) : travel]),
-            tables=tuple(sized[travel:]),
-            non_block_bytes=self.non_block.nbytes + beside,
-        )
-        self._tables = self.packs[travel:]
-        self.room: Room | None = None
-        self.tuner = SplitTuner()
-        self.split = self._plan(allocation)
-        compute = device_utils.torch_device(self.split.compute_device)
-        self.swap = BlockSwap(
-            compute,
-            self.packs[:travel],
-            [part.calls for part in parts.all[:travel]],
-            leading=range(len(parts.blocks), travel),
-            tables={part.name: pack for part, pack in zip(parts.tables, self._tables, strict=True)},
-            locks=locks,
-            beside=[self.non_block],
-        )
+        """``whole``: blocks are not to move in parts, as when something compiles them."""
+        self._model = weakref.ref(model)
         self._locks = locks
         self._on_need = on_need
+        self._whole = whole
+        self.room: Room | None = None
+        self.tuner = SplitTuner()
         self._others: int | None = None  # bytes on the compute device that are not of this model
         self._too_little: int | None = None  # bytes that the pass which is repeated has had
         self._told: set[object] = set()  # what the user was told of, before the first step
         self._placed: Split | None = None
-        self._root = weakref.ref(root)
         self._undrive: Callable[[], None] | None = None
         self._foreign_bytes = 0
+        self.layout = Layout.of(model)
+        self._use(self.layout, self._plan(allocation, self.layout.sizes))
+        self._divide()
 
-    def _plan(self, allocation: Allocation, compute_spare: int | None = None) -> Split:
+    def _use(self, layout: Layout, split: Split) -> None:
+        """Have the model packed like this; nothing of it is packed yet."""
+        self.layout, self.split, self.sizes = layout, split, layout.sizes
+        first, travel = len(layout.sizes.blocks), len(layout.travelling)
+        tables = zip(layout.sizes.tables, layout.tables, strict=True)
+        self.swap = BlockSwap(
+            device_utils.torch_device(split.compute_device),
+            layout.travelling,
+            layout.calls[:travel],
+            leading=range(first, travel),
+            tables={table.name: pack for table, pack in tables},
+            wholes=layout.wholes,
+            locks=self._locks,
+            beside=[layout.non_block],
+        )
+
+    def _divide(self) -> None:
+        """Have blocks move in parts where that is worth it; once they are packed, they are."""
+        if self._whole or self.layout.wholes or any(p.device for p in self.all_packs()):
+            return
+        layout = Layout.of(self._model(), in_parts=True)
+        if layout.wholes:
+            split = self._plan(self.split.allocation, layout.sizes)
+            if is_better(split, self.split):
+                self._use(layout, split)
+
+    def _plan(
+        self,
+        allocation: Allocation,
+        sizes: ModelSizes | None = None,
+        compute_spare: int | None = None,
+    ) -> Split:
         """The split for an allocation; ``compute_spare`` is what ``auto`` has to compute with."""
+        sizes = sizes or self.sizes
         memory = {
             entry.device: device_utils.total_memory(entry.device) for entry in allocation.entries
         }
         if compute_spare is None:
-            compute_spare = self.sizes.total_bytes if self.room is None else self.room.nbytes
+            compute_spare = sizes.total_bytes if self.room is None else self.room.nbytes
         spare = {
             device: compute_spare if device == allocation.compute_device else self._spare(device)
             for device in allocation.auto_devices
         }
-        return plan_split(allocation, self.sizes, memory, spare, self.tuner.timing)
+        return plan_split(allocation, sizes, memory, spare, self.tuner.timing)
 
     def _spare(self, donor: str) -> int:
         """What a donor that is ``auto`` has for this model: what is free there, less a margin."""
         device = device_utils.torch_device(donor)
         held = sum(pack.nbytes for pack in self.packs if pack.device == device)
         return int((1 - DONOR_MARGIN) * (device_utils.free_memory(donor) + held))
+
+    @property
+    def packs(self) -> tuple[Pack, ...]:
+        """The packs of all parts, in the order of a split's homes."""
+        return self.layout.packs
 
     @property
     def is_auto(self) -> bool:
@@ -143,6 +154,7 @@ class SwappedModel:
         wanted = self._plan(self.split.allocation)
         if not self.loaded:
             self.split = wanted
+            self._divide()
             return
         held, block = self.split.compute_bytes, self.split.sizes.largest_block
         more = min(room.nbytes, self.sizes.total_bytes) - held
@@ -182,7 +194,7 @@ class SwappedModel:
 
     def _shrink(self, now: Split, nbytes: int) -> bool:
         """Have what ``nbytes`` of the compute device hold, if that is less than ``now``."""
-        wanted = self._plan(now.allocation, nbytes)
+        wanted = self._plan(now.allocation, compute_spare=nbytes)
         if not wanted.compute_bytes < now.compute_bytes:
             return False
         self.split = refit_split(now, wanted)
@@ -227,7 +239,7 @@ class SwappedModel:
 
     def all_packs(self) -> list[Pack]:
         """The packs of all parts, and that of the other non-block weights."""
-        return [*self.packs, self.non_block]
+        return [*self.packs, self.layout.non_block]
 
     @contextmanager
     def undriven(self) -> Iterator[None]:
@@ -241,7 +253,7 @@ class SwappedModel:
 
     def _start_driving(self) -> None:
         if self._undrive is None:
-            self._undrive = self.swap.drive(self._root())
+            self._undrive = self.swap.drive(root_of(self._model()))
 
     def _stop_driving(self) -> None:
         if self._undrive is not None:
@@ -256,7 +268,9 @@ class SwappedModel:
         """Bytes of weights on the compute device now."""
         here = self.swap.compute_device
         placed = sum(p.nbytes for p in self.all_packs() if p.device == here)
-        beside = self.split.sizes.non_block_bytes - self.non_block.nbytes if self.loaded else 0
+        beside = (
+            self.split.sizes.non_block_bytes - self.layout.non_block.nbytes if self.loaded else 0
+        )
         return placed + beside + self._foreign_bytes + self.swap.slot_bytes
 
     def homeless_bytes(self) -> int:
@@ -314,7 +328,7 @@ class SwappedModel:
         """Move what is not where the split wants it."""
         compute = self.swap.compute_device
         self.swap.drop_slots()
-        targets = [*zip(self.packs, self._homes(), strict=True), (self.non_block, compute)]
+        targets = [*zip(self.packs, self._homes(), strict=True), (self.layout.non_block, compute)]
         keep_homes = self._has_room_for_homes([p for p, home in targets if home == compute])
         try:
             # What leaves a device goes first: none ever holds more than the split says.
@@ -346,8 +360,7 @@ class SwappedModel:
 
     def _swapped_packs(self) -> list[Pack]:
         """The packs that travel."""
-        travel = self.packs[: len(self.packs) - len(self._tables)]
-        return [pack for pack in travel if pack.device != self.swap.compute_device]
+        return [pack for pack in self.layout.travelling if pack.device != self.swap.compute_device]
 
     def _has_room_for_homes(self, resident: list[Pack]) -> bool:
         """Whether what is to be resident keeps homes in RAM."""
@@ -383,6 +396,8 @@ class SwappedModel:
         """Lines for the table: what a pass will take, what there is in RAM, and how."""
         if self.is_auto and self.room is not None:
             yield f"  {self.split.compute_device}: auto is {self.room}"
+        if self.layout.wholes:
+            yield f"  blocks move in parts, which count as blocks here: {self.layout.part_names}"
         line = self.tuner.report(self.split)
         if line is not None:
             yield f"  {line}"
@@ -418,7 +433,7 @@ class SwappedModel:
         """
         before = self.compute_bytes()
         self.swap.drop_slots()
-        for pack in (*self._tables, *self.packs):
+        for pack in (*self.layout.tables, *self.layout.travelling):
             if before - self.compute_bytes() >= nbytes:
                 break
             if pack.device == self.swap.compute_device:

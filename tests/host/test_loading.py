@@ -310,7 +310,7 @@ def test_with_homes_in_ram_unloading_is_free_and_loading_moves_what_is_resident(
     before, state = tensors(patcher.model), bench.state(patcher)
     split = state.split
     resident = split.compute_bytes - split.slots * split.slot_bytes
-    beside = split.sizes.non_block_bytes - state.non_block.nbytes
+    beside = split.sizes.non_block_bytes - state.layout.non_block.nbytes
     assert sum(pack.home_bytes for pack in state.all_packs()) == resident - beside
     ledger.clear_copies()
     with torch.inference_mode():

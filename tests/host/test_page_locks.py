@@ -221,7 +221,7 @@ def test_a_collection_in_the_staging_worker_does_not_wait_for_itself(bench, cuda
     monkeypatch.setattr(bench.mm, "MAX_PINNED_MEMORY", 3 * MIB)
     patcher = load(bench, "acc:0,8mb;cpu,*")
     state = bench.state(patcher)
-    state.non_block.lock(
+    state.layout.non_block.lock(
         bench.module("host_memory").page_locks(),
         bench.module("page_locks").Need.HOME,
         state.swap.links.synchronize,

@@ -1,0 +1,103 @@
+"""How a model is packed: which of its modules move together, and what planning needs to know of it.
+
+Blocks move whole, or in parts: in large children that they call one after the other. Slots are
+smaller then, and more stays on the compute device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from .model_blocks import ModelParts, modules_beside, parts_of, root_of, tensors_of
+from .packed_weights import Pack
+from .pass_schedule import assumed_timing, predict
+from .split import Block, ModelSizes, Split
+from .step_time import WORTH
+
+
+@dataclass(frozen=True, eq=False)
+class Layout:
+    """The packs of a model, nothing of which is placed yet.
+
+    ``packs`` are those of ``sizes.parts``, ``non_block`` that of what stays on the compute device.
+    ``calls`` are, for every pack, the names of the modules whose calls want it, ``wholes`` those of
+    blocks that move in parts, with the indices of these.
+    """
+
+    packs: tuple[Pack, ...]
+    non_block: Pack
+    sizes: ModelSizes
+    calls: tuple[tuple[str, ...], ...]
+    wholes: Mapping[str, tuple[int, ...]]
+
+    @classmethod
+    def of(cls, model: torch.nn.Module, in_parts: bool = False) -> Layout:
+        """The layout of an inner model, its blocks whole or, as far as they have some, in parts."""
+        root = root_of(model)
+        parts = parts_of(root, in_parts)
+        stays = parts.non_block(root)
+        packs = tuple(
+            Pack.layout(part.module.modules(), lambda tensor: id(tensor) not in stays)
+            for part in parts.all
+        )
+        non_block = Pack.layout(root.modules(), lambda tensor: id(tensor) in stays)
+        # What the inner model holds beside the diffusion model (sigmas) moves along, unpacked:
+        # ComfyUI replaces these modules and buffers at will.
+        beside = sum(t.nbytes for module in modules_beside(model) for t in tensors_of(module))
+        named = zip(parts.all, packs, strict=True)
+        sized = [Block(part.name, pack.nbytes) for part, pack in named]
+        first, last = len(parts.blocks), len(parts.blocks) + len(parts.embeddings)
+        sizes = ModelSizes(
+            blocks=tuple(sized[:first]),
+            embeddings=tuple(sized[first:last]),
+            tables=tuple(sized[last:]),
+            non_block_bytes=non_block.nbytes + beside,
+        )
+        calls = tuple(part.calls for part in parts.all)
+        return cls(packs, non_block, sizes, calls, dict(_wholes(parts)))
+
+    @property
+    def tables(self) -> tuple[Pack, ...]:
+        """The packs that are looked up where they are."""
+        return self.packs[len(self.packs) - len(self.sizes.tables) :]
+
+    @property
+    def travelling(self) -> tuple[Pack, ...]:
+        """The packs of blocks and embeddings, which are swapped where they are not resident."""
+        return self.packs[: len(self.packs) - len(self.sizes.tables)]
+
+    @property
+    def part_names(self) -> str:
+        """What the parts of blocks are called in them."""
+        blocks = self.sizes.blocks
+        names = (
+            blocks[index].name.removeprefix(f"{whole}.")
+            for whole, indices in self.wholes.items()
+            for index in indices
+        )
+        return ", ".join(dict.fromkeys(names))
+
+
+def _wholes(parts: ModelParts) -> Iterator[tuple[str, tuple[int, ...]]]:
+    for name in dict.fromkeys(part.block for part in parts.blocks if part.block):
+        yield name, tuple(i for i, part in enumerate(parts.blocks) if part.block == name)
+
+
+def is_better(parts: Split, whole: Split) -> bool:
+    """Whether blocks in parts are worth it: a pass is faster over a slow link, and never slower.
+
+    Or else they come closer to a quota that whole blocks overrun.
+    """
+    quotas = {quota.device: quota.nbytes for quota in whole.quotas}
+    quota = quotas.get(whole.compute_device)
+    if quota is not None and whole.compute_bytes > quota:
+        return parts.compute_bytes < whole.compute_bytes
+
+    def seconds(split: Split, ratio: float) -> float:
+        return predict(split, assumed_timing(split.sizes, ratio))
+
+    saves = seconds(parts, 0) < (1 - WORTH) * seconds(whole, 0)
+    return saves and seconds(parts, 1) < (1 + WORTH) * seconds(whole, 1)
