@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -18,8 +18,9 @@ class PassTime:
     ``total`` is from its first to its last computation. Of that, the computation was ``waiting``
     for copies to arrive, ``before`` is what it did before the first block, ``after`` what it did
     behind the last one, neither with waiting; ``between`` is the time since the pass before.
-    ``copies`` are the donors, bytes and seconds of the copies that were queued in it, ``shape``
-    tells what passes take the same time.
+    ``copies`` are the donors, bytes and seconds of the copies that were queued in it, ``each`` the
+    seconds of the blocks that were called, by their indices; ``shape`` tells what passes take the
+    same time.
     """
 
     shape: object
@@ -29,6 +30,7 @@ class PassTime:
     after: float
     between: float
     copies: tuple[tuple[torch.device, int, float], ...]
+    each: Mapping[int, float] = field(default_factory=dict)
 
     @property
     def blocks(self) -> float:
@@ -50,7 +52,8 @@ class PassTimer:
         self._copies: list[tuple] = []
         self._earlier = earlier
         self._start = self._mark()
-        self._first_block = self._last_block = self._end = None
+        self._blocks: list[tuple] = []  # indices, with the marks before and behind
+        self._end = None
         self._waits_before = 0
 
     def _mark(self, stream=None):
@@ -65,15 +68,19 @@ class PassTimer:
         yield
         self._waits.append((before, self._mark()))
 
-    def block_begins(self) -> None:
-        """The next block may compute; what it waited for has been waited for."""
-        if self._first_block is None:
-            self._first_block = self._mark()
+    def block_begins(self, index: int) -> None:
+        """A block may compute; what it waited for has been waited for."""
+        if not self._blocks:
             self._waits_before = len(self._waits)
+        self._blocks.append((index, self._mark(), None))
 
-    def block_ends(self) -> None:
+    def block_ends(self, index: int) -> None:
         """The computation of a block is queued."""
-        self._last_block = self._mark()
+        for position in reversed(range(len(self._blocks))):
+            begun, before, after = self._blocks[position]
+            if begun == index and after is None:
+                self._blocks[position] = (index, before, self._mark())
+                return
 
     @contextmanager
     def copy(self, donor: torch.device, nbytes: int, stream) -> Iterator[None]:
@@ -101,7 +108,12 @@ class PassTimer:
             return before.elapsed_time(after) / 1000
 
         waits = [seconds(*wait) for wait in self._waits]
-        first, last = self._first_block or self._end, self._last_block or self._end
+        blocks = [block for block in self._blocks if block[2] is not None]
+        first = blocks[0][1] if blocks else self._end
+        last = blocks[-1][2] if blocks else self._end
+        each: dict[int, float] = {}
+        for index, before, after in blocks:
+            each[index] = each.get(index, 0.0) + seconds(before, after)
         return PassTime(
             shape=self.shape,
             total=seconds(self._start, self._end),
@@ -110,4 +122,5 @@ class PassTimer:
             after=seconds(last, self._end),
             between=0.0 if self._earlier is None else seconds(self._earlier, self._start),
             copies=tuple((donor, n, seconds(before, after)) for donor, n, before, after in copies),
+            each=each,
         )

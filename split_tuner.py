@@ -22,8 +22,10 @@ class _Trial:
     seconds: float
 
 
-def timing_of(pass_time: PassTime, known: step_time.Timing | None) -> step_time.Timing | None:
-    """What a timed pass says; ``None`` where its times make no sense.
+def timing_of(
+    pass_time: PassTime, known: step_time.Timing | None, blocks: int
+) -> step_time.Timing | None:
+    """What a timed pass of so many blocks says; ``None`` where its times make no sense.
 
     A link of which nothing was copied keeps the bandwidth that is ``known``.
     """
@@ -41,7 +43,9 @@ def timing_of(pass_time: PassTime, known: step_time.Timing | None) -> step_time.
     around = [max(0.0, t) for t in (pass_time.before, pass_time.after, pass_time.between)]
     if not 0 < pass_time.blocks < math.inf or not all(map(math.isfinite, around)):
         return None
-    return step_time.Timing(pass_time.blocks, bandwidth, *around)
+    shares = tuple(max(0.0, pass_time.each.get(index, 0.0)) for index in range(blocks))
+    known_shares = shares if 0 < sum(shares) < math.inf else None
+    return step_time.Timing(pass_time.blocks, bandwidth, *around, shares=known_shares)
 
 
 class SplitTuner:
@@ -93,7 +97,7 @@ class SplitTuner:
             return trial.split
         if trial is not None:  # other passes come now: for them it was not made
             split = trial.split
-        timing = timing_of(pass_time, self.timing)
+        timing = timing_of(pass_time, self.timing, len(split.sizes.blocks))
         if timing is None:
             return split
         self.timing, self._shape = timing, pass_time.shape

@@ -30,6 +30,10 @@ from .swap_choice import first_that
 WORTH = 0.02
 FREE = 0.02
 
+# Three slots meet the bound for blocks of one size. Parts of blocks compute for very different
+# times (attention is most of a long video's), and some more slots even that out.
+MOST_SLOTS = 6
+
 # Exchanges that are tried: as many as a few milliseconds allow.
 TRIED_STEPS = 2400
 LEAST_TRIED = 10
@@ -79,7 +83,7 @@ def _exchanges(split: Split) -> Iterator[Split]:
         likely = sorted(most_crowded(split, swapped)[:few])
         others += ((with_home(split, i, compute), split.slots - 1) for i in likely)
         others.append((split, split.slots - 1))
-    if 0 < split.slots < least + 2:
+    if 0 < split.slots < least + MOST_SLOTS - 1:
         resident = [i for i in range(len(blocks)) if split.homes[i] == compute]
         for index in sorted(most_apart(split, resident)[:few]):
             donor = donor_with_room(split, blocks[index].nbytes)

@@ -261,9 +261,9 @@ class BlockSwap:
 
     def leave_block(self, *indices: int) -> None:
         """The call returns; what comes before the next one may still use the block."""
-        if self.watch.timer is not None:
-            self.watch.timer.block_ends()
         for index in indices:
+            if self.watch.timer is not None:
+                self.watch.timer.block_ends(index)
             if index in self._running:
                 self._kept.append(self._running.pop(index))
 
@@ -290,7 +290,7 @@ class BlockSwap:
                 raise
             use.pack.point(use.slot.views[index][1])
         if self.watch.timer is not None and index not in self._leading:
-            self.watch.timer.block_begins()
+            self.watch.timer.block_begins(index)
         return use
 
     def release(self, use: Use | None) -> None:

@@ -525,6 +525,25 @@ def test_a_pass_is_timed_in_its_parts(homes):
     assert timed.total == pytest.approx(0.5 + 2.0 + 0.125 + timed.waiting)
 
 
+def test_every_block_has_its_own_time():
+    """Attention takes most of a block's time, and not most of its bytes."""
+    model = Model()
+    seconds = [0.125 * (1 + index % 3) for index in range(8)]
+    for block, time in zip(model.blocks, seconds, strict=True):
+        block.up.register_forward_pre_hook(lambda *_, time=time: clock.charge(COMPUTE, time))
+    clock = simulator.clock
+    swap = swap_of(model, HOMES["mixed"], slots=3)
+    times = []
+    swap.watch.time_passes(times.append)
+    clock.flops = float("inf")
+    for _ in range(3):
+        model(torch.randn(4, 32).to(COMPUTE))
+        torch.acc.synchronize()
+    clock.reset_rates()
+    (timed,) = times
+    assert timed.each == pytest.approx(dict(enumerate(seconds)))
+
+
 def test_a_pass_that_fails_is_not_timed_and_the_next_one_is():
     model = Model()
     swap = swap_of(model, HOMES["half"])

@@ -85,6 +85,57 @@ def test_compiled_results_are_those_of_the_model_and_nothing_is_compiled_again(
     )
 
 
+def divided_model(slots):
+    """The model with its blocks in two parts each."""
+    model = Model()
+    parts = [(f"blocks.{i}", name) for i in range(LAYERS) for name in ("up", "down")]
+    calls = [[f"{block}.{name}"] for block, name in parts]
+    packs = [Pack.layout(model.get_submodule(names[0]).modules()) for names in calls]
+    for pack in packs:
+        pack.place(torch.device("cpu"))
+    wholes = {f"blocks.{i}": (2 * i, 2 * i + 1) for i in range(LAYERS)}
+    swap = BlockSwap(COMPUTE, packs, calls, wholes=wholes)
+    swap.update(slots)
+    swap.allocate_slots()
+    return model, swap
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize(("divided", "slots"), [(False, 2), (True, 2), (True, 4)])
+def test_a_block_that_is_compiled_as_one_graph_stays_one(divided, slots, in_place):
+    """ComfyUI hangs what it has compiled in place of a block for one call of the model.
+
+    With ``fullgraph`` a hook inside would fail it.
+    """
+    torch._dynamo.reset()
+    model, swap = divided_model(slots) if divided else swapped_model(slots)
+    swap.drive(model)
+    plain, reference = list(model.blocks), Model()
+    x = torch.randn(4, 16)
+    assert torch.equal(model(x), reference(x))
+    assert not swap.meets_compiled
+    with torch.inference_mode():
+        if in_place:
+            for index in (1, 4):
+                plain[index].compile(fullgraph=True, backend="eager")
+        for step in range(3):
+            if not in_place:
+                for index in (1, 4):
+                    compiled = torch.compile(plain[index], fullgraph=True, backend="eager")
+                    model.blocks[index] = compiled
+            assert torch.equal(model(x + step), reference(x + step))
+            for index, block in enumerate(plain):
+                model.blocks[index] = block
+    assert swap.meets_compiled == divided
+    assert all(
+        p.data_ptr() == v.data_ptr() for p, v in zip(_held(model), _homes(swap), strict=True)
+    )
+
+
+def _held(model):
+    return [p for block in model.blocks for p in block.parameters()]
+
+
 def places_of(model):
     """The addresses at which each block of a model finds its weights, from now on."""
     places = [set() for _ in model.blocks]
