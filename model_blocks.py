@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .module_calls import children_called_by, has_forward, names_used
+from .module_calls import children_called_by, has_forward, methods_of, names_around
 
 LISTS = (torch.nn.ModuleList, torch.nn.ModuleDict)
 
@@ -149,15 +149,15 @@ def _part(root: torch.nn.Module, name: str, module: torch.nn.Module) -> Part:
 def _divided(name: str, block: torch.nn.Module) -> Iterator[Part]:
     """The large children of a block, if they are most of it and each is called as one.
 
-    A child whose own children the block calls (Flux: ``img_attn.qkv``) is wanted in turns with
-    others: in parts it would travel twice.
+    A child whose own children or methods the block calls (Flux: ``img_attn.qkv``, SD 3:
+    ``x_block.pre_attention``) is wanted in turns with others: in parts it would travel twice.
     """
     children = [
         (f"{name}.{path}", child)
         for path, child in _children(block)
         if _nbytes(child) >= PART_BYTES
     ]
-    named = names_used(type(block))
+    named = names_around(type(block))
     enough = sum(_nbytes(child) for _, child in children) >= PARTS_SHARE * _nbytes(block)
     if len(children) > 1 and enough and not any(_is_entered(c, named) for _, c in children):
         for path, child in children:
@@ -174,8 +174,10 @@ def _children(block: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module]]:
 
 
 def _is_entered(child: torch.nn.Module, named: frozenset[str]) -> bool:
-    """Whether the names that a block uses reach into one of its children."""
-    return not has_forward(child) or any(name in named for name, _ in child.named_children())
+    """Whether the names that are used around a block reach into one of its children."""
+    inner = {name for name, _ in child.named_children()}
+    inner.update(name for name, _ in methods_of(type(child)) if name != "forward")
+    return not has_forward(child) or not named.isdisjoint(inner)
 
 
 def _above(root: torch.nn.Module, name: str) -> Iterator[torch.nn.Module]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 import types
 import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -154,7 +155,7 @@ def entry_methods(model_class: type, children: Collection[str]) -> list[str]:
     """``forward`` and every method of the class whose code names one of ``children``."""
     names = {
         name
-        for name, function in _methods(model_class)
+        for name, function in methods_of(model_class)
         if not names_in(function).isdisjoint(children)
     }
     return sorted({"forward", *names})
@@ -163,7 +164,7 @@ def entry_methods(model_class: type, children: Collection[str]) -> list[str]:
 def methods_called_by(above: Iterable[type], module_class: type) -> list[str]:
     """``forward`` and the methods of a class that the code of the classes ``above`` names."""
     named = set().union(*(names_used(cls) for cls in above))
-    return sorted({"forward", *(name for name, _ in _methods(module_class) if name in named)})
+    return sorted({"forward", *(name for name, _ in methods_of(module_class) if name in named)})
 
 
 def children_called_by(above: Iterable[type], module: torch.nn.Module) -> list[str]:
@@ -176,10 +177,19 @@ def children_called_by(above: Iterable[type], module: torch.nn.Module) -> list[s
 @functools.cache
 def names_used(cls: type) -> frozenset[str]:
     """Every name of an attribute in the code of a class's own methods."""
-    return frozenset().union(*(names_in(function) for _, function in _methods(cls)))
+    return frozenset().union(*(names_in(function) for _, function in methods_of(cls)))
 
 
-def _methods(cls: type) -> Iterator[tuple[str, types.FunctionType]]:
+@functools.cache
+def names_around(cls: type) -> frozenset[str]:
+    """The same, and what is named by the functions of the module that a class is defined in."""
+    module = vars(sys.modules[cls.__module__])
+    functions = (member for member in module.values() if isinstance(member, types.FunctionType))
+    local = (function for function in functions if function.__module__ == cls.__module__)
+    return names_used(cls).union(*map(names_in, local))
+
+
+def methods_of(cls: type) -> Iterator[tuple[str, types.FunctionType]]:
     """The methods of a class and of those it is derived from, up to ``torch.nn.Module``."""
     for base in cls.__mro__:
         if base in torch.nn.Module.__mro__:

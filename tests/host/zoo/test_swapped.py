@@ -166,3 +166,28 @@ def test_casting_is_casting_on_the_compute_device(bench, unswapped, name, way):
             rows += [t.nbytes for t in subject.state.split.sizes.tables for _ in range(3)]
         assert up == sorted([*inputs, *packs, *rows, *READS.get((name, way), [])])
     bench.clear()
+
+
+@pytest.fixture
+def in_parts(bench, monkeypatch):
+    """Blocks move in parts wherever they can."""
+    layout = bench.module("model_layout")
+    monkeypatch.setattr(bench.module("model_blocks"), "PART_BYTES", 1 << 10)
+    monkeypatch.setattr(bench.module("swapped_model"), "is_better", lambda parts, whole: True)
+    return layout
+
+
+def test_in_parts_is_unswapped(bench, unswapped, in_parts, name, way):
+    expected = unswapped(name, way)
+    subject = Swapped(bench, name, way, "cpu,*")
+    if not subject.state.layout.wholes:
+        bench.clear()
+        pytest.skip("no block of it has parts")
+    for call, (seed, out) in enumerate(zip(SEEDS, expected, strict=True)):
+        assert equal(subject.call(seed), out)
+        subject.assert_at_home()
+        simulator.check()
+        # A part whose child others call would travel twice.
+        if call == 2 and len(set(subject.taken)) == len(subject.taken):
+            assert sorted(subject.moved) == sorted(subject.taken)
+    bench.clear()
