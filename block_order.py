@@ -111,7 +111,12 @@ class _Order:
         return self.order[self._cursor :]
 
     def learn(self) -> None:
-        """What leaves blocks out is an exception, until it comes twice in a row."""
+        """What leaves blocks out is an exception, until it comes twice in a row.
+
+        A method that only looks at blocks runs none, and is no pass to learn from.
+        """
+        if not self.trace:
+            return
         usual = self._before is not None and _is_subsequence(self.trace, self.order)
         if not usual or self.trace == self._before:
             self.order = self.trace

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -99,16 +99,22 @@ def parts_of(root: torch.nn.Module, in_parts: bool = False) -> ModelParts:
     With ``in_parts``, blocks are divided where they can be.
     """
     whole = _nbytes(root)
-    blocks, seen = [], set()
+    blocks: list[Part] = []
+    seen: dict[int, int] = {}
     for name, module in _in_execution_order(list(_lists(root, "", whole))):
-        if id(module) not in seen:  # one block in two places is one block
-            seen.update(map(id, module.modules()))
-            divided = list(_divided(name, module)) if in_parts else []
-            blocks.extend(divided or [_part(root, name, module)])
+        if id(module) in seen:  # in two places, or a part of another block: one more way to call it
+            index = seen[id(module)]
+            blocks[index] = replace(blocks[index], calls=(*blocks[index].calls, name))
+            continue
+        divided = list(_divided(name, module)) if in_parts else []
+        seen[id(module)] = len(blocks)
+        for part in divided or [_part(root, name, module)]:
+            seen |= dict.fromkeys(map(id, part.module.modules()), len(blocks))
+            blocks.append(part)
     embeddings = [
         _part(root, name, child)
         for name, child in root.named_children()
-        if blocks and name in EMBEDDINGS and seen.isdisjoint(map(id, child.modules()))
+        if blocks and name in EMBEDDINGS and seen.keys().isdisjoint(map(id, child.modules()))
     ]
     tables = [
         _part(root, name, module)

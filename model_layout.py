@@ -7,11 +7,11 @@ smaller then, and more stays on the compute device.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from .model_blocks import ModelParts, modules_beside, parts_of, root_of, tensors_of
+from .model_blocks import ModelParts, Part, modules_beside, parts_of, root_of, tensors_of
 from .packed_weights import Pack
 from .pass_schedule import assumed_timing, predict
 from .split import Block, ModelSizes, Split
@@ -39,6 +39,7 @@ class Layout:
         root = root_of(model)
         parts = parts_of(root, in_parts)
         stays = parts.non_block(root)
+        parts = replace(parts, tables=tuple(t for t in parts.tables if not _is_tied(t, stays)))
         packs = tuple(
             Pack.layout(part.module.modules(), lambda tensor: id(tensor) not in stays)
             for part in parts.all
@@ -79,6 +80,11 @@ class Layout:
             for index in indices
         )
         return ", ".join(dict.fromkeys(names))
+
+
+def _is_tied(table: Part, stays: set[int]) -> bool:
+    """Whether others have the tensors of a table as well: these stay where all of them compute."""
+    return all(id(tensor) in stays for tensor in tensors_of(table.module))
 
 
 def _wholes(parts: ModelParts) -> Iterator[tuple[str, tuple[int, ...]]]:

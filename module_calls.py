@@ -48,7 +48,7 @@ class CallSite:
         if module is None:
             return
         self._module = weakref.ref(module)
-        for name in map(functools.partial(_called, module), self._methods):
+        for name in self._names(module):
             before = self._before[name] = module.__dict__.get(name)
             hook = self._wrap(_method(self._module, name) if before is None else before)
             self._own[name] = weakref.ref(hook)
@@ -79,10 +79,13 @@ class CallSite:
     def _is_hooked(self, module: torch.nn.Module) -> bool:
         if self._module is None or module is not self._module():
             return False
-        names = self._before
-        if _is_compiled(module):
-            names = {_called(module, name) for name in self._methods}
+        names = self._names(module) if _is_compiled(module) else self._before
         return all(self._hooks(module, name) for name in names)
+
+    def _names(self, module: torch.nn.Module) -> list[str]:
+        """Where the calls come to in a module; what hangs in its place may have fewer methods."""
+        own = [name for name in self._methods if hasattr(type(module), name)]
+        return [_called(module, name) for name in own]
 
     @property
     def is_compiled(self) -> bool:

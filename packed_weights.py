@@ -181,7 +181,8 @@ class Pack:
 
     def __init__(self, weights: Sequence[_Weight], nbytes: int):
         self._weights = tuple(weights)
-        self._foreign: set[int] = set()  # weights that others hold in another shape, by index
+        self._foreign: set[int] = set()  # weights that others hold in another tensor, by index
+        self._hung: tuple[torch.Tensor, ...] = ()  # the views that hang on the modules
         self._lock: PageLock | None = None
         self._unlock: weakref.finalize | None = None
         self._home: _Buffer | None = None
@@ -319,10 +320,43 @@ class Pack:
             )
 
     def point(self, views: Sequence[torch.Tensor]) -> None:
-        """Hang ``views`` on the modules."""
+        """Hang ``views`` on the modules.
+
+        What a model has hung there itself, as a buffer that grows with its inputs, stays.
+        """
+        hung = self._hung or (None,) * len(self._weights)
         for index, (weight, view) in enumerate(zip(self._weights, views, strict=True)):
+            if hung[index] is not None and weight.table[weight.name] is not hung[index]:
+                self._foreign.add(index)
             if index not in self._foreign:
                 weight.hang(view)
+        self._hung = tuple(views)
+
+    @property
+    def is_hung(self) -> bool:
+        """Whether the modules have the packed weights, where these lie."""
+        return all(
+            index in self._foreign or weight.table[weight.name].device == self.device
+            for index, weight in enumerate(self._weights)
+        )
+
+    def hang_again(self) -> None:
+        """Hang the packed weights on the modules, which others have moved away."""
+        self.views = self.views_of(self.flat)
+        for index, (weight, view) in enumerate(zip(self._weights, self.views, strict=True)):
+            if index not in self._foreign:
+                weight.hang(view)
+        self._hung = self.views
+
+    def move_foreign(self, device: torch.device) -> None:
+        """Move what hangs on the modules and is not packed."""
+        for index in self._foreign:
+            table, name = self._weights[index].table, self._weights[index].name
+            tensor = table[name]
+            if tensor is not None and tensor.device != device:
+                moved = tensor.detach().to(device)
+                is_parameter = isinstance(tensor, torch.nn.Parameter)
+                table[name] = torch.nn.Parameter(moved, False) if is_parameter else moved
 
     def absorb(self) -> int:
         """Take over what others have hung on the modules instead: its values belong here now.

@@ -165,12 +165,12 @@ class BlockSwap:
         undo, self._sites = drive(self, model)
         return undo
 
-    def find_room(self, error: Exception, may_repeat: bool) -> bool:
+    def find_room(self, error: Exception, may_repeat: Callable[[], bool]) -> bool:
         """Whether ``error`` is the allocator's and room was made: what failed may run again."""
         missing = device_utils.missing_memory(error)
         if missing is None or self.on_missing is None:
             return False
-        if not may_repeat:
+        if not may_repeat():
             self.watch.report_missing(missing)
             return False
         self._release_slots()
@@ -224,8 +224,9 @@ class BlockSwap:
             self.watch.report_peak(completed)
             self._order.end(completed)
             if completed:
-                self._ran |= self._taken
-                self._held.update(self._blocks_of(self._entry))
+                if self._taken:
+                    self._ran |= self._taken
+                    self._held.update(self._blocks_of(self._entry))
                 self._prefetch()
 
     def _release_slots(self) -> None:

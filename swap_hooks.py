@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import torch
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .module_calls import (
     CallSite,
@@ -48,7 +48,7 @@ class Swap(Protocol):
 
     def leave_block(self, *indices: int) -> None: ...
 
-    def find_room(self, error: Exception, may_repeat: bool) -> bool: ...
+    def find_room(self, error: Exception, may_repeat: Callable[[], bool]) -> bool: ...
 
 
 # Of a swap: what ``torch.compile`` has to keep out of.
@@ -132,7 +132,7 @@ def _looking_up(swap: Swap, driving: list[bool], table: Pack, call: Callable) ->
     def looking_up(*args, **kwargs):
         if not driving or table.device == swap.compute_device:
             return call(*args, **kwargs)
-        args = [arg.to(table.device) if isinstance(arg, torch.Tensor) else arg for arg in args]
+        args, kwargs = tree_map_only(torch.Tensor, lambda t: t.to(table.device), (args, kwargs))
         return call(*args, **kwargs).to(swap.compute_device)
 
     return looking_up
@@ -157,7 +157,8 @@ def _opening(
             except Exception as error:
                 # What the method computes is a function of its inputs: it can run again.
                 own = is_plain() and not keeps_state(args, kwargs, not swap.in_pass)
-                if not swap.find_room(error, own and given is not None and given.are_as_before()):
+                may_repeat = given.are_as_before if own and given is not None else bool
+                if not swap.find_room(error, may_repeat):
                     raise
 
     return opening
@@ -167,32 +168,46 @@ class Contents:
     """What the tensors of a call hold: some models write into them (Hunyuan-DiT, T5).
 
     Tensors of ``torch.inference_mode`` count no versions, and a copy of them all may not fit: so a
-    sum of each is kept, which is computed behind what the device has to do, and read only where a
-    call has failed.
+    hash of each is kept, which is computed behind what the device has to do, and read only where a
+    call has failed. Tensors in objects, as in caches of keys and values, are looked at as well.
     """
 
     def __init__(self, args: tuple, kwargs: dict):
+        options = kwargs.get("transformer_options")
         leaves = tree_leaves((args, kwargs))
-        self._tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
-        self._before = self._sums()
-
-    def _sums(self) -> list[torch.Tensor]:
-        return [tensor.sum(dtype=_sum_type(tensor)) for tensor in self._tensors]
+        objects = tree_leaves((args, {k: v for k, v in kwargs.items() if v is not options}))
+        inner = tree_leaves([vars(o) for o in objects if hasattr(o, "__dict__")])
+        self._tensors = [leaf for leaf in (*leaves, *inner) if isinstance(leaf, torch.Tensor)]
+        self._before = [hash_of(tensor) for tensor in self._tensors]
 
     def are_as_before(self) -> bool:
-        """Whether nothing was written; a sum that is no number, or cannot be had, tells nothing."""
+        """Whether nothing was written; where that cannot be told, something may have been."""
         try:
-            now = self._sums()
-        except torch.OutOfMemoryError:
+            now = [hash_of(tensor) for tensor in self._tensors]
+        except RuntimeError:  # no memory for it, or the device has more to complain of
             return False
         return all(map(torch.equal, now, self._before))
 
 
-def _sum_type(tensor: torch.Tensor) -> torch.dtype | None:
-    """The most exact numbers that a device adds up in; as they are, where they are complex."""
-    if tensor.is_complex():
-        return None
-    return torch.float32 if tensor.device.type == "mps" else torch.float64
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def hash_of(tensor: torch.Tensor) -> torch.Tensor:
+    """A number that tells of any change in the bits of a tensor: sums, weighted by position.
+
+    Along the last dimension and across it, so that nothing as large as the tensor is allocated.
+    """
+    bits = tensor.detach()
+    if bits.element_size() in _BITS:
+        bits = bits.view(_BITS[bits.element_size()])
+    else:
+        bits = torch.view_as_real(bits).view(torch.int64)
+    if bits.dim() < 2:
+        bits = bits.reshape(1, -1)
+    rows = bits.sum(dim=-1, dtype=torch.int64).flatten()
+    columns = bits.sum(dim=tuple(range(bits.dim() - 1)), dtype=torch.int64)
+    sums = torch.cat([rows, columns])
+    return (sums * torch.arange(1, len(sums) + 1, device=sums.device)).sum()
 
 
 def keeps_state(args: tuple, kwargs: dict, outermost: bool) -> bool:

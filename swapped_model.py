@@ -319,7 +319,8 @@ class SwappedModel:
 
     def _is_at_home(self) -> bool:
         """Whether every pack is where the split wants it."""
-        return [pack.device for pack in self.packs] == self._homes()
+        at_home = [pack.device for pack in self.packs] == self._homes()
+        return at_home and all(pack.is_hung for pack in self.all_packs())
 
     def _homes(self) -> list[torch.device]:
         return [device_utils.torch_device(home) for home in self.split.homes]
@@ -331,10 +332,14 @@ class SwappedModel:
         targets = [*zip(self.packs, self._homes(), strict=True), (self.layout.non_block, compute)]
         keep_homes = self._has_room_for_homes([p for p, home in targets if home == compute])
         try:
+            for pack in self.all_packs():
+                if pack.device is not None and not pack.is_hung:
+                    pack.hang_again()
             # What leaves a device goes first: none ever holds more than the split says.
             order = {torch.device(CPU): 0, compute: 2}
             for pack, home in sorted(targets, key=lambda target: order.get(target[1], 1)):
                 pack.place(home, keep_home=keep_homes and home == compute)
+                pack.move_foreign(compute)
             self._page_lock()
             self._placed = self.split
         finally:
@@ -470,6 +475,7 @@ class SwappedModel:
         for pack in self.all_packs():
             if donors_too or pack.device in (None, self.swap.compute_device):
                 pack.place(storage)
+            pack.move_foreign(storage)
             if donors_too:
                 pack.unlock()
             pack.need(Need.UNLOADED)
