@@ -11,27 +11,27 @@ import logging
 import sys
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from contextvars import ContextVar
 
 import torch
 
 from . import device_utils, step_time
-from .allocation_parser import AUTO, CPU, in_bytes
-from .model_blocks import has_blocks, root_of
+from .allocation_parser import AUTO, CPU
+from .model_blocks import is_swappable
 from .model_lookup import (
-    META,
     STATE,
     allocation_text,
     diffusion_model_of,
     is_swapped_here,
     read_allocation,
 )
+from .multigpu_strings import readable_by_multigpu
 from .page_locks import Limit, PageLocks, Pinning
 from .pass_memory import SPATIAL, TEMPORAL, PassKind, PassMemory, Room
 from .patch_table import Patch
 from .split import format_bytes
-from .swapped_model import DONOR_MARGIN, SwappedModel
+from .swapped_model import SwappedModel
 
 logger = logging.getLogger("MultiGPU")
 
@@ -40,9 +40,6 @@ pass_memory = PassMemory()
 
 # On an inner model: the kind of pass that ComfyUI has last asked the memory of.
 ASKED = "_distorch2_asked"
-
-# On an inner model that MultiGPU loads: its allocation, and what MultiGPU reads in its place.
-TRANSLATED = "_distorch2_in_bytes"
 
 # What ComfyUI wants to have free beside the weights for the load that is going on, in bytes.
 _wanted_free: ContextVar[float] = ContextVar("wanted_free", default=0.0)
@@ -65,7 +62,7 @@ def _uncompiled(model):
 def memory_required(wrapped, model, args, kwargs):
     """What a pass needs beside the weights: for ``auto``, what it was seen to need."""
     estimate = wrapped(*args, **kwargs)
-    if not allocation_text(model) or not (hasattr(model, STATE) or has_blocks(root_of(model))):
+    if not allocation_text(model) or not (hasattr(model, STATE) or is_swappable(model)):
         return estimate
     kind = _kind_of(model, kwargs["input_shape"] if "input_shape" in kwargs else args[0])
     setattr(model, ASKED, kind)
@@ -293,42 +290,6 @@ def _give_way(swapped) -> None:
         missing = coming + need - mm.get_free_memory(patcher.load_device)
         if coming and missing > 0 and state.is_auto and state.loaded:
             state.give_way(int(missing))
-
-
-@contextmanager
-def readable_by_multigpu(patcher) -> Iterator[None]:
-    """Inside, ``auto`` is bytes in the allocation of a model that MultiGPU loads.
-
-    They are what is free when the model is loaded first: every other number would have MultiGPU
-    distribute it anew.
-    """
-    model = getattr(patcher, "model", None)
-    text = allocation_text(model) if hasattr(model, META) else ""
-    if AUTO not in text.lower() or is_swapped_here(patcher):
-        yield
-        return
-    if model.__dict__.get(TRANSLATED, ("",))[0] != text:
-        setattr(model, TRANSLATED, (text, _in_bytes(patcher)))
-    setattr(model, META, {"full_allocation": getattr(model, TRANSLATED)[1]})
-    try:
-        yield
-    finally:
-        setattr(model, META, {"full_allocation": text})
-
-
-def _in_bytes(patcher) -> str:
-    import comfy.model_management as mm
-
-    allocation = read_allocation(patcher)
-    memory = {e.device: device_utils.total_memory(e.device) for e in allocation.entries}
-    spare = {
-        device: int((1 - DONOR_MARGIN) * device_utils.free_memory(device))
-        for device in allocation.auto_devices
-    }
-    if allocation.compute_device in spare:
-        free = mm.get_free_memory(patcher.load_device) - mm.minimum_inference_memory()
-        spare[allocation.compute_device] = max(0, int(free))
-    return in_bytes(allocation, allocation.quotas(patcher.model_size(), memory, spare))
 
 
 def loaded_size(wrapped, patcher, args, kwargs):

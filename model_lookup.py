@@ -6,7 +6,7 @@ import torch
 
 from . import device_utils
 from .allocation_parser import Allocation, parse_allocation
-from .model_blocks import has_blocks, root_of
+from .model_blocks import is_swappable
 
 # Where MultiGPU leaves the allocation, and where this plugin leaves its state: on the inner model,
 # which all clones of a patcher share.
@@ -33,7 +33,7 @@ def is_swapped_here(patcher) -> bool:
     return (
         bool(allocation_text(model))
         and not getattr(patcher, "is_dynamic", bool)()
-        and has_blocks(root_of(model))
+        and is_swappable(model)
     )
 
 
@@ -44,6 +44,7 @@ def follow_allocation(patcher) -> None:
         AllocationError: the string cannot be followed as written.
     """
     allocation = read_allocation(patcher)
+    allocation.check(device_utils.total_memories(allocation.devices))
     state = getattr(patcher.model, STATE, None)
     if state is not None:
         state.follow(allocation)

@@ -104,15 +104,13 @@ class SwappedModel:
 
     def _plan(self, allocation: Allocation, compute_spare: int | None = None) -> Split:
         """The split for an allocation; ``compute_spare`` is what ``auto`` has to compute with."""
-        memory = {
-            entry.device: device_utils.total_memory(entry.device) for entry in allocation.entries
-        }
         if compute_spare is None:
             compute_spare = self.sizes.total_bytes if self.room is None else self.room.nbytes
         spare = {
             device: compute_spare if device == allocation.compute_device else self._spare(device)
             for device in allocation.auto_devices
         }
+        memory = device_utils.total_memories(allocation.devices)
         return plan_split(allocation, self.sizes, memory, spare, self.tuner.timing)
 
     def _spare(self, donor: str) -> int:
