@@ -85,7 +85,7 @@ def room_for_weights(patcher, state: SwappedModel, extra_memory: float) -> Room:
         pass
     elif kind is not None and pass_memory.knows(kind):
         # For ``auto`` ComfyUI was told, and has added what ControlNets and the like will need.
-        known = max(_wanted_free.get() if state.is_auto else 0, pass_memory.need(kind, 0))
+        known = max(_wanted_free.get() if state.choice.is_auto else 0, pass_memory.need(kind, 0))
         need = max(mm.minimum_inference_memory(), known + mm.extra_reserved_memory())
     elif extra_memory >= EVERYTHING:
         need = mm.minimum_inference_memory()
@@ -113,7 +113,7 @@ def warn_if_too_little_is_left(state: SwappedModel, room: Room) -> None:
     """Before the first step, once for every cause: a typed quota leaves the video too little."""
     short = state.split.compute_bytes - room.nbytes
     device = state.split.compute_device
-    if state.is_auto or short <= 0 or device == CPU or not room.what:
+    if state.choice.is_auto or short <= 0 or device == CPU or not room.what:
         return
     if state.is_news((room.what, state.split)):
         logger.warning(
@@ -132,7 +132,7 @@ def warn_if_ram_is_short(
     left = ram_for(coming, model) if coming else 0
     if left < coming and state.is_news((coming, state.split)):
         device = state.split.compute_device
-        quota = "" if state.is_auto else f"a larger quota for {device}, "
+        quota = "" if state.choice.is_auto else f"a larger quota for {device}, "
         logger.warning(
             f"[MultiGPU] block swap: {format_bytes(coming)} of homes are to come to RAM, which has "
             f"{format_bytes(max(0, left))} left: this may end in swapping, or in the process being "
@@ -206,7 +206,7 @@ def _give_back_spare(memory_required: float, device, keep_loaded) -> None:
             continue
         state = getattr(loaded.model.model, STATE, None)
         missing = memory_required - mm.get_free_memory(device)
-        if missing > 0 and state is not None and state.has_spare():
+        if missing > 0 and state is not None and state.loaded and state.choice.may_spare:
             state.give_way(int(missing), state.tuner.cheapest_bytes)
 
 
@@ -216,7 +216,7 @@ def model_memory_required(wrapped, loaded_model, args, kwargs):
     if not is_swapped_here(patcher):
         return wrapped(*args, **kwargs)
     state = state_of(patcher)
-    return max(0, state.wanted_bytes - state.compute_bytes())
+    return max(0, state.choice.wanted_bytes - state.compute_bytes())
 
 
 def model_memory(wrapped, loaded_model, args, kwargs):
@@ -262,7 +262,8 @@ def load_models_gpu(original):
             _loaded_beside.reset(beside)
             _wanted_free.reset(free)
         for patcher in swapped:
-            state_of(patcher).note_memory()
+            state = state_of(patcher)
+            state.needs.note(state.compute_bytes())
         return result
 
     return load_models_gpu
@@ -288,7 +289,7 @@ def _give_way(swapped) -> None:
     for patcher in swapped:
         state, coming = state_of(patcher), _still_to_come(patcher.load_device)
         missing = coming + need - mm.get_free_memory(patcher.load_device)
-        if coming and missing > 0 and state.is_auto and state.loaded:
+        if coming and missing > 0 and state.choice.is_auto and state.loaded:
             state.give_way(int(missing))
 
 

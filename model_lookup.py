@@ -47,7 +47,7 @@ def follow_allocation(patcher) -> None:
     allocation.check(device_utils.total_memories(allocation.devices))
     state = getattr(patcher.model, STATE, None)
     if state is not None:
-        state.follow(allocation)
+        state.choice.follow(allocation)
 
 
 def forget_homes(patcher) -> None:

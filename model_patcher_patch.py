@@ -66,7 +66,7 @@ def _load(ram_for, patcher, device_to, extra_memory=0, force_patch_weights=False
         patcher.unpatch_model(None, unpatch_weights=changed)
         patcher.patch_model(load_weights=False)
         room = room_for_weights(patcher, state, extra_memory)
-        state.fit(room)
+        state.choice.fit(room, state.loaded)
         warn_if_too_little_is_left(state, room)
         warn_if_ram_is_short(state, model, ram_for)
         try:

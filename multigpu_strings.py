@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from . import device_utils
 from .allocation_parser import CPU, Allocation, Mode, in_bytes, parse_allocation
 from .model_lookup import META, allocation_text, is_swapped_here, read_allocation
-from .swapped_model import DONOR_MARGIN
+from .split_chooser import spare_of_donor
 
 # On an inner model that MultiGPU loads: its allocation, and what MultiGPU reads in its place.
 TRANSLATED = "_distorch2_in_bytes"
@@ -114,10 +114,7 @@ def _for_multigpu(patcher) -> str:
 def _in_bytes(patcher, allocation: Allocation) -> str:
     import comfy.model_management as mm
 
-    spare = {
-        device: int((1 - DONOR_MARGIN) * device_utils.free_memory(device))
-        for device in allocation.auto_devices
-    }
+    spare = {device: spare_of_donor(device) for device in allocation.auto_devices}
     if allocation.compute_device in spare:
         free = mm.get_free_memory(patcher.load_device) - mm.minimum_inference_memory()
         spare[allocation.compute_device] = max(0, int(free))
