@@ -161,8 +161,8 @@ class LoadingJoin:
         if self._armed:
             loaded_models = sys.modules["comfy.model_management"].current_loaded_models
             for loaded in list(loaded_models):
-                if loaded.model is not None and hasattr(loaded.model.model, STATE):
-                    model = loaded.model.model
+                model = None if loaded.model is None else loaded.model.model
+                if getattr(model, STATE, None) is not None:
                     loaded.model_unload()
                     loaded_models[:] = [other for other in loaded_models if other is not loaded]
                     delattr(model, STATE)

@@ -62,7 +62,8 @@ def _uncompiled(model):
 def memory_required(wrapped, model, args, kwargs):
     """What a pass needs beside the weights: for ``auto``, what it was seen to need."""
     estimate = wrapped(*args, **kwargs)
-    if not allocation_text(model) or not (hasattr(model, STATE) or is_swappable(model)):
+    swapped = getattr(model, STATE, None) is not None or is_swappable(model)
+    if not allocation_text(model) or not swapped:
         return estimate
     kind = _kind_of(model, kwargs["input_shape"] if "input_shape" in kwargs else args[0])
     setattr(model, ASKED, kind)

@@ -9,7 +9,7 @@ from .allocation_parser import Allocation, parse_allocation
 from .model_blocks import is_swappable
 
 # Where MultiGPU leaves the allocation, and where this plugin leaves its state: on the inner model,
-# which all clones of a patcher share.
+# which all clones of a patcher share; a copy of that has ``None`` for a state.
 META = "_distorch_v2_meta"
 
 STATE = "_distorch2_block_swap"
@@ -28,7 +28,7 @@ def diffusion_model_of(model) -> torch.nn.Module | None:
 def is_swapped_here(patcher) -> bool:
     """Whether this plugin, and not MultiGPU, loads the model of ``patcher``."""
     model = patcher.model
-    if hasattr(model, STATE):
+    if getattr(model, STATE, None) is not None:
         return True
     return (
         bool(allocation_text(model))

@@ -203,7 +203,7 @@ def change_hooks(wrapped, patcher, args, kwargs):
 def get_key_patches(wrapped, patcher, args, kwargs):
     """Weights that a merge keeps must not be views of packs, which are written and moved."""
     patches = wrapped(*args, **kwargs)
-    if not hasattr(patcher.model, STATE) or _for_hooks.get():
+    if getattr(patcher.model, STATE, None) is None or _for_hooks.get():
         return patches
     for key, ((weight, convert), *rest) in patches.items():
         patches[key] = [(weight.detach().to("cpu", copy=True), convert), *rest]

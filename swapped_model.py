@@ -94,6 +94,10 @@ class SwappedModel:
         self._undrive: Callable[[], None] | None = None
         self._foreign_bytes = 0
 
+    def __reduce__(self):
+        """A copy of a model has ``None`` for a state: nothing drives it."""
+        return type(None), ()
+
     @property
     def split(self) -> Split:
         """The split that the model has, or is to have from the next load on."""
@@ -176,7 +180,9 @@ class SwappedModel:
 
     def absorb(self) -> None:
         """Take over the weights that ComfyUI has hung on the modules."""
-        self._foreign_bytes = sum(pack.absorb() for pack in self.all_packs())
+        # A copy of a patched model is unpatched before its first load, when nothing is packed.
+        packed = (pack for pack in self.all_packs() if pack.device is not None)
+        self._foreign_bytes = sum(pack.absorb() for pack in packed)
 
     def compute_bytes(self) -> int:
         """Bytes of weights on the compute device now."""
