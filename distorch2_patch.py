@@ -81,8 +81,13 @@ def _give_allocation(outputs, inputs: dict) -> None:
     """
     patcher = getattr(outputs[0], "control_model_wrapped", None)
     text = stored_allocations(inputs)[0]
-    if text and patcher is not None and is_swappable(patcher.model):
+    if not text or patcher is None:
+        return
+    if is_swappable(patcher.model):
         setattr(patcher.model, META, {"full_allocation": text})
+    else:
+        name = type(patcher.model).__name__
+        logger.info(f"[MultiGPU] block swap: {name} has no blocks to swap: left to ComfyUI")
 
 
 def _loader(join: LoadingJoin):

@@ -64,6 +64,8 @@ def is_readable(allocation: Allocation, devices: Sequence[str]) -> bool:
     """Whether MultiGPU reads the string of an allocation, and reads it as it is meant."""
     expert, _, virtual = allocation.source.partition("#")
     compute, *donors = virtual.split(";")
+    if not compute and allocation.compute_device != DEFAULT_COMPUTE:
+        return False
     names = [compute or DEFAULT_COMPUTE]
     if not expert:
         names += donors[-1].split(",")

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -230,3 +231,12 @@ def test_without_a_stored_compute_device_the_rest_goes_to_the_real_one(bench, no
     bench.mm.load_models_gpu([no_blocks])
     devices = {str(p.device) for p in no_blocks.model.parameters()}
     assert devices <= {str(simulator.devices()[0]), "acc:1", "cpu"}
+
+
+def test_a_control_net_without_blocks_is_comfyuis_with_one_line(bench, no_blocks, log):
+    """MultiGPU drops the strings of ControlNets."""
+    net = SimpleNamespace(control_model_wrapped=no_blocks)
+    inputs = vae_loader("acc:0,2mb;cpu,*", "none")["inputs"]
+    bench.module("distorch2_patch")._give_allocation((net,), inputs)
+    assert bench.module("model_lookup").allocation_text(no_blocks.model) == ""
+    assert len(set(log("left to ComfyUI"))) == 1

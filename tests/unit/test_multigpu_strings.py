@@ -17,9 +17,7 @@ MEMORY = dict.fromkeys(DEVICES, 8 << 30)
         ("mlu:0,0.5;cpu,0.5#mlu:0", False),
         ("mps,*#mps", True),
         ("cpu,*#cuda:0", False),
-        ("cuda:0,2gb;cpu,*", True),  # it computes on cuda:0 where nothing is stored
-        ("cuda:1,2gb;cpu,*", True),
-        ("cuda:0,2gb;cpu,*#", True),
+        ("cuda:1,2gb;cpu,*#cuda:1", True),
         ("#cuda:0;4.0;cpu", True),
         ("#cuda:0;4.0;cuda:1,cpu", True),
         ("#cuda:0;4.0; cuda:1 ,cpu", False),
@@ -27,8 +25,7 @@ MEMORY = dict.fromkeys(DEVICES, 8 << 30)
     ],
 )
 def test_what_multigpu_reads(text, readable):
-    compute = None if "cuda:0;" in text or text.partition("#")[2] else "cuda:0"
-    allocation = parse_allocation(text, DEVICES, compute)
+    allocation = parse_allocation(text, DEVICES)
     assert is_readable(allocation, DEVICES) is readable
     quotas = allocation.quotas(1 << 30, MEMORY)
     translated = parse_allocation(in_bytes(allocation, quotas), DEVICES)
@@ -40,7 +37,9 @@ def test_what_multigpu_reads(text, readable):
     } == limits
 
 
-def test_where_there_is_no_first_card_nothing_stored_is_not_readable():
-    allocation = parse_allocation("mps,2gb;cpu,*", ("cpu", "mps"), "mps")
-    assert not is_readable(allocation, ("cpu", "mps"))
-    assert in_bytes(allocation, allocation.quotas(1 << 30, {})).endswith("#mps")
+@pytest.mark.parametrize("stored", ["", "#"])
+def test_where_nothing_is_stored_it_computes_on_the_first_card(stored):
+    for compute in ("cuda:0", "cuda:1", "mps"):
+        allocation = parse_allocation(f"{compute},2gb;cpu,*{stored}", DEVICES, compute)
+        assert is_readable(allocation, DEVICES) is (compute == "cuda:0")
+        assert in_bytes(allocation, allocation.quotas(1 << 30, {})).endswith(f"#{compute}")
