@@ -98,9 +98,29 @@ class Allocation:
     virtual_vram: int = 0
 
     @property
+    def devices(self) -> tuple[str, ...]:
+        """The devices of the entries."""
+        return tuple(entry.device for entry in self.entries)
+
+    @property
     def auto_devices(self) -> tuple[str, ...]:
         """The devices whose amount is ``auto``."""
         return tuple(entry.device for entry in self.entries if entry.auto)
+
+    def check(self, device_memory: Mapping[str, int]) -> None:
+        """Check that the memory of every device is known that has to be; see ``quotas``.
+
+        Raises:
+            AllocationError: its backend does not tell it.
+        """
+        if self.mode not in (Mode.FRACTION, Mode.VIRTUAL_VRAM):
+            return
+        for entry in self.entries:
+            if not entry.wildcard and not entry.auto and not device_memory[entry.device]:
+                raise AllocationError(
+                    f"Allocation {_quote(self.source)}: how much memory {entry.device} has is "
+                    f"not known here. Give bytes or a ratio. {GRAMMAR}"
+                )
 
     def quotas(
         self,
@@ -117,13 +137,7 @@ class Allocation:
         Raises:
             AllocationError: the memory of a device is needed, and its backend does not tell it.
         """
-        if self.mode in (Mode.FRACTION, Mode.VIRTUAL_VRAM):
-            for entry in self.entries:
-                if not entry.wildcard and not entry.auto and not device_memory[entry.device]:
-                    raise AllocationError(
-                        f"Allocation {_quote(self.source)}: how much memory {entry.device} has is "
-                        f"not known here. Give bytes or a ratio. {GRAMMAR}"
-                    )
+        self.check(device_memory)
         if self.mode is Mode.VIRTUAL_VRAM:
             compute = Quota(self.compute_device, max(0, model_bytes - self.virtual_vram))
             donors = (
@@ -176,10 +190,14 @@ def parse_allocation(
 
 
 def in_bytes(allocation: Allocation, quotas: Sequence[Quota]) -> str:
-    """The allocation with these quotas as a string of bytes, which MultiGPU reads as well."""
-    entries = (f"{q.device},*" if q.wildcard else f"{q.device},{q.nbytes}b" for q in quotas)
-    _, separator, stored = allocation.source.rpartition("#")
-    return f"{';'.join(entries)}{separator}{stored}"
+    """The allocation with these quotas as a string of bytes, which MultiGPU reads as well.
+
+    It takes a string for one of bytes by a letter in it, which a bare ``*`` would not have.
+    """
+    entries = (f"{q.device},{0 if q.wildcard else q.nbytes}b{'*' * q.wildcard}" for q in quotas)
+    _, separator, stored = allocation.source.partition("#")
+    compute, *virtual = stored.split(";") if separator else [""]
+    return f"{';'.join(entries)}#{';'.join([compute or allocation.compute_device, *virtual])}"
 
 
 class _Reader:

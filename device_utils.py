@@ -7,7 +7,7 @@ import importlib
 import re
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import ModuleType
@@ -89,6 +89,11 @@ def total_memory(name: str) -> int:
     if hasattr(module, "get_device_properties"):
         return module.get_device_properties(device).total_memory
     return 0
+
+
+def total_memories(names: Iterable[str]) -> dict[str, int]:
+    """The total memory of several devices; see ``total_memory``."""
+    return {name: total_memory(name) for name in names}
 
 
 def stream_module(device: torch.device) -> ModuleType | None:

@@ -16,9 +16,10 @@ import torch
 
 from .allocation_parser import CPU
 from .host_memory import accounting_patches
-from .model_blocks import has_blocks, root_of
-from .model_lookup import META, STATE, follow_allocation, is_swapped_here
+from .model_blocks import is_swappable
+from .model_lookup import META, STATE, allocation_text, follow_allocation
 from .model_patcher_patch import patches
+from .multigpu_strings import check_inputs, stored_allocations
 from .patch_table import Patch, PatchTable
 
 logger = logging.getLogger("MultiGPU")
@@ -66,7 +67,7 @@ def _take_allocation(multigpu: ModuleType, patcher) -> None:
     """
     distorch_2 = sys.modules.get(f"{multigpu.__name__}.distorch_2")
     table = getattr(distorch_2, "safetensor_allocation_store", None)
-    if table is not None and has_blocks(root_of(patcher.model)):
+    if table is not None and is_swappable(patcher.model):
         text = table.pop(distorch_2.create_safetensor_model_hash(patcher, "block_swap"), "")
         if text:
             setattr(patcher.model, META, {"full_allocation": text})
@@ -79,26 +80,27 @@ def _give_allocation(outputs, inputs: dict) -> None:
     under that name. The text is what MultiGPU would make of a node's ``inputs``.
     """
     patcher = getattr(outputs[0], "control_model_wrapped", None)
-    text = inputs.get("expert_mode_allocations") or ""
-    device, virtual = inputs.get("compute_device"), inputs.get("virtual_vram_gb") or 0
-    if virtual > 0:
-        text += f"#{device};{virtual};{inputs.get('donor_device')}"
-    elif text:
-        text += f"#{device}"
-    if text and patcher is not None and has_blocks(root_of(patcher.model)):
+    text = stored_allocations(inputs)[0]
+    if not text or patcher is None:
+        return
+    if is_swappable(patcher.model):
         setattr(patcher.model, META, {"full_allocation": text})
+    else:
+        name = type(patcher.model).__name__
+        logger.info(f"[MultiGPU] block swap: {name} has no blocks to swap: left to ComfyUI")
 
 
 def _loader(join: LoadingJoin):
     def load(wrapped, node, args, kwargs):
         join.arm()
+        check_inputs(kwargs)  # an error belongs to this node, not to the sampler
         with plain_loading():
             outputs = wrapped(*args, **kwargs)
         _give_allocation(outputs, kwargs)
         for patcher in patchers_of(outputs):
             _take_allocation(join.multigpu, patcher)
-            if is_swapped_here(patcher):
-                follow_allocation(patcher)  # an error belongs to this node, not to the sampler
+            if allocation_text(patcher.model):
+                follow_allocation(patcher)
         return outputs
 
     return load
@@ -164,8 +166,8 @@ class LoadingJoin:
         if self._armed:
             loaded_models = sys.modules["comfy.model_management"].current_loaded_models
             for loaded in list(loaded_models):
-                if loaded.model is not None and hasattr(loaded.model.model, STATE):
-                    model = loaded.model.model
+                model = None if loaded.model is None else loaded.model.model
+                if getattr(model, STATE, None) is not None:
                     loaded.model_unload()
                     loaded_models[:] = [other for other in loaded_models if other is not loaded]
                     delattr(model, STATE)

@@ -11,27 +11,27 @@ import logging
 import sys
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from contextvars import ContextVar
 
 import torch
 
 from . import device_utils, step_time
-from .allocation_parser import AUTO, CPU, in_bytes
-from .model_blocks import has_blocks, root_of
+from .allocation_parser import AUTO, CPU
+from .model_blocks import is_swappable
 from .model_lookup import (
-    META,
     STATE,
     allocation_text,
     diffusion_model_of,
     is_swapped_here,
     read_allocation,
 )
+from .multigpu_strings import readable_by_multigpu
 from .page_locks import Limit, PageLocks, Pinning
 from .pass_memory import SPATIAL, TEMPORAL, PassKind, PassMemory, Room
 from .patch_table import Patch
 from .split import format_bytes
-from .swapped_model import DONOR_MARGIN, SwappedModel
+from .swapped_model import SwappedModel
 
 logger = logging.getLogger("MultiGPU")
 
@@ -40,9 +40,6 @@ pass_memory = PassMemory()
 
 # On an inner model: the kind of pass that ComfyUI has last asked the memory of.
 ASKED = "_distorch2_asked"
-
-# On an inner model that MultiGPU loads: its allocation, and what MultiGPU reads in its place.
-TRANSLATED = "_distorch2_in_bytes"
 
 # What ComfyUI wants to have free beside the weights for the load that is going on, in bytes.
 _wanted_free: ContextVar[float] = ContextVar("wanted_free", default=0.0)
@@ -65,7 +62,8 @@ def _uncompiled(model):
 def memory_required(wrapped, model, args, kwargs):
     """What a pass needs beside the weights: for ``auto``, what it was seen to need."""
     estimate = wrapped(*args, **kwargs)
-    if not allocation_text(model) or not (hasattr(model, STATE) or has_blocks(root_of(model))):
+    swapped = getattr(model, STATE, None) is not None or is_swappable(model)
+    if not allocation_text(model) or not swapped:
         return estimate
     kind = _kind_of(model, kwargs["input_shape"] if "input_shape" in kwargs else args[0])
     setattr(model, ASKED, kind)
@@ -88,7 +86,7 @@ def room_for_weights(patcher, state: SwappedModel, extra_memory: float) -> Room:
         pass
     elif kind is not None and pass_memory.knows(kind):
         # For ``auto`` ComfyUI was told, and has added what ControlNets and the like will need.
-        known = max(_wanted_free.get() if state.is_auto else 0, pass_memory.need(kind, 0))
+        known = max(_wanted_free.get() if state.choice.is_auto else 0, pass_memory.need(kind, 0))
         need = max(mm.minimum_inference_memory(), known + mm.extra_reserved_memory())
     elif extra_memory >= EVERYTHING:
         need = mm.minimum_inference_memory()
@@ -116,7 +114,7 @@ def warn_if_too_little_is_left(state: SwappedModel, room: Room) -> None:
     """Before the first step, once for every cause: a typed quota leaves the video too little."""
     short = state.split.compute_bytes - room.nbytes
     device = state.split.compute_device
-    if state.is_auto or short <= 0 or device == CPU or not room.what:
+    if state.choice.is_auto or short <= 0 or device == CPU or not room.what:
         return
     if state.is_news((room.what, state.split)):
         logger.warning(
@@ -135,7 +133,7 @@ def warn_if_ram_is_short(
     left = ram_for(coming, model) if coming else 0
     if left < coming and state.is_news((coming, state.split)):
         device = state.split.compute_device
-        quota = "" if state.is_auto else f"a larger quota for {device}, "
+        quota = "" if state.choice.is_auto else f"a larger quota for {device}, "
         logger.warning(
             f"[MultiGPU] block swap: {format_bytes(coming)} of homes are to come to RAM, which has "
             f"{format_bytes(max(0, left))} left: this may end in swapping, or in the process being "
@@ -209,7 +207,7 @@ def _give_back_spare(memory_required: float, device, keep_loaded) -> None:
             continue
         state = getattr(loaded.model.model, STATE, None)
         missing = memory_required - mm.get_free_memory(device)
-        if missing > 0 and state is not None and state.has_spare():
+        if missing > 0 and state is not None and state.loaded and state.choice.may_spare:
             state.give_way(int(missing), state.tuner.cheapest_bytes)
 
 
@@ -219,7 +217,7 @@ def model_memory_required(wrapped, loaded_model, args, kwargs):
     if not is_swapped_here(patcher):
         return wrapped(*args, **kwargs)
     state = state_of(patcher)
-    return max(0, state.wanted_bytes - state.compute_bytes())
+    return max(0, state.choice.wanted_bytes - state.compute_bytes())
 
 
 def model_memory(wrapped, loaded_model, args, kwargs):
@@ -265,7 +263,8 @@ def load_models_gpu(original):
             _loaded_beside.reset(beside)
             _wanted_free.reset(free)
         for patcher in swapped:
-            state_of(patcher).note_memory()
+            state = state_of(patcher)
+            state.needs.note(state.compute_bytes())
         return result
 
     return load_models_gpu
@@ -291,44 +290,8 @@ def _give_way(swapped) -> None:
     for patcher in swapped:
         state, coming = state_of(patcher), _still_to_come(patcher.load_device)
         missing = coming + need - mm.get_free_memory(patcher.load_device)
-        if coming and missing > 0 and state.is_auto and state.loaded:
+        if coming and missing > 0 and state.choice.is_auto and state.loaded:
             state.give_way(int(missing))
-
-
-@contextmanager
-def readable_by_multigpu(patcher) -> Iterator[None]:
-    """Inside, ``auto`` is bytes in the allocation of a model that MultiGPU loads.
-
-    They are what is free when the model is loaded first: every other number would have MultiGPU
-    distribute it anew.
-    """
-    model = getattr(patcher, "model", None)
-    text = allocation_text(model) if hasattr(model, META) else ""
-    if AUTO not in text.lower() or is_swapped_here(patcher):
-        yield
-        return
-    if model.__dict__.get(TRANSLATED, ("",))[0] != text:
-        setattr(model, TRANSLATED, (text, _in_bytes(patcher)))
-    setattr(model, META, {"full_allocation": getattr(model, TRANSLATED)[1]})
-    try:
-        yield
-    finally:
-        setattr(model, META, {"full_allocation": text})
-
-
-def _in_bytes(patcher) -> str:
-    import comfy.model_management as mm
-
-    allocation = read_allocation(patcher)
-    memory = {e.device: device_utils.total_memory(e.device) for e in allocation.entries}
-    spare = {
-        device: int((1 - DONOR_MARGIN) * device_utils.free_memory(device))
-        for device in allocation.auto_devices
-    }
-    if allocation.compute_device in spare:
-        free = mm.get_free_memory(patcher.load_device) - mm.minimum_inference_memory()
-        spare[allocation.compute_device] = max(0, int(free))
-    return in_bytes(allocation, allocation.quotas(patcher.model_size(), memory, spare))
 
 
 def loaded_size(wrapped, patcher, args, kwargs):

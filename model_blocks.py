@@ -88,6 +88,15 @@ def root_of(model: torch.nn.Module) -> torch.nn.Module:
     return model if diffusion_model is None else diffusion_model
 
 
+def is_swappable(model: torch.nn.Module) -> bool:
+    """Whether an inner model has blocks to swap, and is not a VAE.
+
+    What decodes is a VAE: a picture is one run through each of its parts, and most of those are
+    smaller than what they compute.
+    """
+    return not hasattr(model, "decode") and has_blocks(root_of(model))
+
+
 def has_blocks(root: torch.nn.Module) -> bool:
     """Whether a model has blocks to swap."""
     return next(_lists(root, "", _nbytes(root)), None) is not None

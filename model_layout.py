@@ -13,9 +13,7 @@ import torch
 
 from .model_blocks import ModelParts, Part, modules_beside, parts_of, root_of, tensors_of
 from .packed_weights import Pack
-from .pass_schedule import assumed_timing, predict
-from .split import Block, ModelSizes, Split
-from .step_time import WORTH
+from .split import Block, ModelSizes
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,20 +88,3 @@ def _is_tied(table: Part, stays: set[int]) -> bool:
 def _wholes(parts: ModelParts) -> Iterator[tuple[str, tuple[int, ...]]]:
     for name in dict.fromkeys(part.block for part in parts.blocks if part.block):
         yield name, tuple(i for i, part in enumerate(parts.blocks) if part.block == name)
-
-
-def is_better(parts: Split, whole: Split) -> bool:
-    """Whether blocks in parts are worth it: a pass is faster over a slow link, and never slower.
-
-    Or else they come closer to a quota that whole blocks overrun.
-    """
-    quotas = {quota.device: quota.nbytes for quota in whole.quotas}
-    quota = quotas.get(whole.compute_device)
-    if quota is not None and whole.compute_bytes > quota:
-        return parts.compute_bytes < whole.compute_bytes
-
-    def seconds(split: Split, ratio: float) -> float:
-        return predict(split, assumed_timing(split.sizes, ratio))
-
-    saves = seconds(parts, 0) < (1 - WORTH) * seconds(whole, 0)
-    return saves and seconds(parts, 1) < (1 + WORTH) * seconds(whole, 1)

@@ -6,10 +6,10 @@ import torch
 
 from . import device_utils
 from .allocation_parser import Allocation, parse_allocation
-from .model_blocks import has_blocks, root_of
+from .model_blocks import is_swappable
 
 # Where MultiGPU leaves the allocation, and where this plugin leaves its state: on the inner model,
-# which all clones of a patcher share.
+# which all clones of a patcher share; a copy of that has ``None`` for a state.
 META = "_distorch_v2_meta"
 
 STATE = "_distorch2_block_swap"
@@ -28,12 +28,12 @@ def diffusion_model_of(model) -> torch.nn.Module | None:
 def is_swapped_here(patcher) -> bool:
     """Whether this plugin, and not MultiGPU, loads the model of ``patcher``."""
     model = patcher.model
-    if hasattr(model, STATE):
+    if getattr(model, STATE, None) is not None:
         return True
     return (
         bool(allocation_text(model))
         and not getattr(patcher, "is_dynamic", bool)()
-        and has_blocks(root_of(model))
+        and is_swappable(model)
     )
 
 
@@ -44,9 +44,10 @@ def follow_allocation(patcher) -> None:
         AllocationError: the string cannot be followed as written.
     """
     allocation = read_allocation(patcher)
+    allocation.check(device_utils.total_memories(allocation.devices))
     state = getattr(patcher.model, STATE, None)
     if state is not None:
-        state.follow(allocation)
+        state.choice.follow(allocation)
 
 
 def forget_homes(patcher) -> None:

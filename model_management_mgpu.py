@@ -12,7 +12,7 @@ import inspect
 import logging
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from types import ModuleType
@@ -20,7 +20,9 @@ from types import ModuleType
 from . import device_utils
 from .allocation_parser import GIB
 from .distorch2_patch import distorch2_nodes, patchers_of
-from .model_lookup import META, forget_homes
+from .keep_flags import FLAG, KEEP, is_distorch2, is_flagged, loaded_models, set_keep
+from .model_lookup import forget_homes
+from .node_outputs import NodeOutputs, prompt_queue
 from .patch_table import Patch, PatchTable
 from .retention import (
     FileState,
@@ -36,48 +38,10 @@ from .retention import (
 
 logger = logging.getLogger("MultiGPU")
 
-# True on an inner model: "free" ejects it. MultiGPU's ``eject_models`` sets it on every model.
-FLAG = "_mgpu_unload_distorch_model"
-# What the user of a DisTorch2 loader chose; only these models carry it.
-KEEP = "_distorch2_keep_loaded"
-
 # Share of RAM in use, in percent, from which node outputs and retained models are let go, and how
 # much more it takes to do so again.
 RAM_THRESHOLD = 85.0
 RAM_HYSTERESIS = 5.0
-
-
-# --------------------------------------------------------------------------------------------
-# Flags
-# --------------------------------------------------------------------------------------------
-
-
-def is_distorch2(model) -> bool:
-    """Whether an inner model was loaded by a DisTorch2 loader."""
-    return hasattr(model, KEEP) or hasattr(model, META)
-
-
-def set_keep(model, keep: bool) -> None:
-    """Record what the user chose for an inner model, and flag it so."""
-    setattr(model, KEEP, keep)
-    setattr(model, FLAG, not keep)
-
-
-def is_flagged(model) -> bool:
-    """Whether "free" ejects an inner model."""
-    return bool(getattr(model, FLAG, False)) and not getattr(model, KEEP, False)
-
-
-def _loaded(mm: ModuleType) -> Iterator[tuple[object, object]]:
-    """(LoadedModel, inner model) of every model that ComfyUI holds and somebody still owns."""
-    for loaded in mm.current_loaded_models:
-        if loaded.model is not None:
-            yield loaded, loaded.model.model
-
-
-# --------------------------------------------------------------------------------------------
-# Retention
-# --------------------------------------------------------------------------------------------
 
 
 # --------------------------------------------------------------------------------------------
@@ -121,14 +85,14 @@ def _loader(join: MemoryJoin, node_class: str) -> Callable:
             with files_read(join.have_ram_for) as files:
                 retained = Retained(wrapped(*args, **kwargs), files)
         elif inputs.get("eject_models"):
-            for _, model in _loaded(mm):
+            for _, model in loaded_models(mm):
                 setattr(model, FLAG, True)
 
         for patcher in patchers_of(retained.outputs):
             set_keep(patcher.model, keep)
             join.patchers.add(patcher)
         # ``eject_models`` flags every model there is; whose user said keep stays kept.
-        for _, model in _loaded(mm):
+        for _, model in loaded_models(mm):
             if getattr(model, KEEP, False):
                 set_keep(model, True)
         if keep and is_retainable(retained, kwargs):
@@ -179,13 +143,13 @@ def _unload_all_models(join: MemoryJoin) -> Callable:
                 patcher.detach()
             join.tidy_later()
             return
-        if not any(is_distorch2(model) for _, model in _loaded(mm)):
+        if not any(is_distorch2(model) for _, model in loaded_models(mm)):
             wrapped(*args, **kwargs)
             ejected = _eject(join, mm, evicted_only=True)
         else:
             ejected = _eject(join, mm, evicted_only=False)
         if ejected:
-            _forget_models(join, ejected)
+            join.outputs.forget_models(ejected)
             device_utils.empty_caches()
             join.tidy_due = True  # what ComfyUI forgets besides is freed in its own time
 
@@ -194,7 +158,7 @@ def _unload_all_models(join: MemoryJoin) -> Callable:
 
 def _eject(join: MemoryJoin, mm: ModuleType, evicted_only: bool) -> list[weakref.ref]:
     """Take every flagged model off all devices; weak references to them."""
-    loaded = {id(model): (model, lm.model.model_size()) for lm, model in _loaded(mm)}
+    loaded = {id(model): (model, lm.model.model_size()) for lm, model in loaded_models(mm)}
     # Models that ComfyUI has evicted for others are in RAM, and on their donors.
     evicted = [p for p in list(join.patchers) if id(p.model) not in loaded and is_flagged(p.model)]
     if evicted_only:
@@ -219,62 +183,6 @@ def _names(entries: list[tuple[object, int]]) -> str:
 
     shown = [f"{type(m).__name__} ({size / GIB:.2f} GiB{why(m)})" for m, size in entries]
     return ", ".join(shown) or "nothing"
-
-
-def note_executor(join: MemoryJoin) -> Callable:
-    """Remembers ComfyUI's executor, which nothing but its worker thread holds."""
-
-    def execute(wrapped, executor, args, kwargs):
-        join.executor = weakref.ref(executor)
-        return wrapped(*args, **kwargs)
-
-    return execute
-
-
-def _forget_outputs(join: MemoryJoin) -> None:
-    """Have ComfyUI forget its node outputs: now, or at the end of the prompt that is running.
-
-    Flags that are set on the worker's own thread wake nobody: they would be acted upon at the end
-    of the next prompt and take its outputs with them.
-    """
-    queue, executor = _prompt_queue(), join.executor()
-    if queue is not None and queue.currently_running:
-        queue.set_flag("unload_models", False)
-        queue.set_flag("free_memory", True)
-    elif executor is not None:
-        executor.reset()
-
-
-def _forget_models(join: MemoryJoin, models: list[weakref.ref]) -> None:
-    """Have ComfyUI forget the node outputs that hold these inner models, or else all of them.
-
-    Other models live in node outputs too, and are to stay; but RAM is free only when nothing, a
-    guider for instance, holds an ejected one.
-    """
-    executor = join.executor()
-    for cache in executor.caches.all if executor is not None else ():
-        _drop_entries(cache, {id(reference()) for reference in models})
-    gc.collect()
-    if any(reference() is not None for reference in models):
-        _forget_outputs(join)
-        gc.collect()
-
-
-def _drop_entries(cache, models: set[int]) -> None:
-    """Drop the entries of one of ComfyUI's node caches that hold inner models, given by id."""
-    entries = getattr(cache, "cache", {})
-    for key, entry in list(entries.items()):
-        values = [value for slot in getattr(entry, "outputs", ()) or () for value in slot]
-        if any(id(patcher.model) in models for patcher in patchers_of(values)):
-            del entries[key]
-    for subcache in getattr(cache, "subcaches", {}).values():
-        _drop_entries(subcache, models)
-
-
-def _prompt_queue():
-    """ComfyUI's prompt queue, or ``None`` before there is a server."""
-    server = getattr(getattr(sys.modules.get("server"), "PromptServer", None), "instance", None)
-    return getattr(server, "prompt_queue", None)
 
 
 class RamWatch:
@@ -303,24 +211,24 @@ def _soft_empty_cache(join: MemoryJoin, host: Callable) -> Callable:
 
     def soft_empty_cache(wrapped, instance, args, kwargs):
         mm = sys.modules["comfy.model_management"]
-        queue = _prompt_queue()
+        queue = prompt_queue()
         running = queue is not None and bool(queue.currently_running)
         if not running and join.watch.is_short():
             logger.warning(f"[MultiGPU] RAM is above {RAM_THRESHOLD:.0f}%: node outputs are let go")
             join.free_ram()
-            _forget_outputs(join)
+            join.outputs.forget()
         # ComfyUI calls this after every node: what takes long is done where something has gone.
         tidy, join.tidy_due = join.tidy_due, False
         if tidy:
             gc.collect()
-        if any(is_distorch2(model) for _, model in _loaded(mm)):
+        if any(is_distorch2(model) for _, model in loaded_models(mm)):
             device_utils.empty_caches()
         else:
             host(*args, **kwargs)
         if tidy:
             device_utils.trim_host_heap()
         if (args and args[0]) or kwargs.get("force", False):
-            _forget_outputs(join)
+            join.outputs.forget()
             join.tidy_later()
 
     return soft_empty_cache
@@ -341,7 +249,7 @@ def force_full_system_cleanup(reason: str = "manual", force: bool = True) -> boo
 
     Without ``force`` nothing is asked for while a prompt is running.
     """
-    queue = _prompt_queue()
+    queue = prompt_queue()
     if queue is None or (queue.currently_running and not force):
         return False
     logger.info(f"[MultiGPU] full cleanup requested: {reason}")
@@ -375,7 +283,7 @@ class MemoryJoin:
         self.retention = Retention(self.tidy_later)
         # What DisTorch2 loaders have made and somebody still holds, loaded or evicted.
         self.patchers: weakref.WeakSet = weakref.WeakSet()
-        self.executor: Callable = lambda: None  # a weak reference, once a prompt has run
+        self.outputs = NodeOutputs()
         self.watch = RamWatch()
         self.tidy_due = False  # models have gone since garbage was collected
 
@@ -437,7 +345,7 @@ class MemoryJoin:
                 Patch(mm, "unload_all_models", _unload_all_models(self)),
                 Patch(mm, "soft_empty_cache", _soft_empty_cache(self, host)),
                 Patch(mm, "get_torch_device", get_torch_device),
-                Patch("execution", "PromptExecutor.execute", note_executor(self)),
+                Patch("execution", "PromptExecutor.execute", self.outputs.note_executor),
             ]
         )
 

@@ -14,14 +14,14 @@ from contextvars import ContextVar
 from .device_utils import running_on
 from .host_memory import (
     donors_stay,
-    readable_by_multigpu,
     room_for_weights,
     state_of,
     warn_if_ram_is_short,
     warn_if_too_little_is_left,
 )
-from .model_blocks import has_blocks, modules_beside, root_of
+from .model_blocks import is_swappable, modules_beside, root_of
 from .model_lookup import STATE, allocation_text, is_swapped_here
+from .multigpu_strings import readable_by_multigpu
 from .packed_weights import copy_of
 from .patch_table import Patch
 from .swapped_model import SwappedModel
@@ -29,7 +29,7 @@ from .swapped_model import SwappedModel
 logger = logging.getLogger("MultiGPU")
 
 
-NO_BLOCKS = "_distorch2_no_blocks"
+LEFT = "_distorch2_left_to_multigpu"
 
 
 def partially_load(ram_for: Callable[[int, object], int]):
@@ -37,7 +37,7 @@ def partially_load(ram_for: Callable[[int, object], int]):
 
     def partially_load(wrapped, patcher, args, kwargs):
         if not is_swapped_here(patcher):
-            _say_if_blocks_are_missing(patcher.model)
+            _say_if_left_to_multigpu(patcher.model)
             with readable_by_multigpu(patcher):
                 return wrapped(*args, **kwargs)
         return _load(ram_for, patcher, *args, **kwargs)
@@ -45,15 +45,13 @@ def partially_load(ram_for: Callable[[int, object], int]):
     return partially_load
 
 
-def _say_if_blocks_are_missing(model) -> None:
-    """One line per model for what carries an allocation but has no blocks to swap."""
-    if not allocation_text(model) or hasattr(model, NO_BLOCKS):
-        return
-    root = root_of(model)
-    if not has_blocks(root):
-        setattr(model, NO_BLOCKS, True)
-        name = type(root).__name__
-        logger.warning(f"[MultiGPU] {name} has no blocks to swap: left to MultiGPU")
+def _say_if_left_to_multigpu(model) -> None:
+    """One line per model for what carries an allocation but is not swapped."""
+    if allocation_text(model) and not hasattr(model, LEFT) and not is_swappable(model):
+        setattr(model, LEFT, True)
+        name = type(root_of(model)).__name__
+        why = "is a VAE" if hasattr(model, "decode") else "has no blocks to swap"
+        logger.info(f"[MultiGPU] block swap: {name} {why}: left to MultiGPU")
 
 
 def _load(ram_for, patcher, device_to, extra_memory=0, force_patch_weights=False, **_):
@@ -205,7 +203,7 @@ def change_hooks(wrapped, patcher, args, kwargs):
 def get_key_patches(wrapped, patcher, args, kwargs):
     """Weights that a merge keeps must not be views of packs, which are written and moved."""
     patches = wrapped(*args, **kwargs)
-    if not hasattr(patcher.model, STATE) or _for_hooks.get():
+    if getattr(patcher.model, STATE, None) is None or _for_hooks.get():
         return patches
     for key, ((weight, convert), *rest) in patches.items():
         patches[key] = [(weight.detach().to("cpu", copy=True), convert), *rest]

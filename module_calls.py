@@ -1,13 +1,16 @@
 """Hooks on the calls of a model's modules, and which of its modules are called from where.
 
 A hook stands in the ``__dict__`` of one instance, in front of the method that the call would have
-come to, or of what others have put there; it hooks no class and no other model.
+come to, or of what others have put there; it hooks no class and no other model, and a copy of the
+model has none.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
+import operator
 import sys
 import types
 import weakref
@@ -19,6 +22,51 @@ import torch
 COMPILED = "_compiled_call_impl"
 
 Wrap = Callable[[Callable], Callable]
+
+
+class _Method:
+    """A method of a module's class, called on the module without holding it.
+
+    In the ``__dict__`` of a module it changes nothing; that is what a copy has in place of a hook,
+    as a copier can leave nothing out. Whoever unpickles one needs no plugin for it.
+    """
+
+    __slots__ = ("__weakref__", "_module", "_name")
+
+    def __init__(self, module: torch.nn.Module, name: str) -> None:
+        self._module = weakref.ref(module)
+        self._name = name
+
+    @property
+    def __wrapped__(self) -> Callable:
+        return getattr(type(self._module()), self._name)
+
+    def __call__(self, *args, **kwargs):
+        module = self._module()
+        return getattr(type(module), self._name)(module, *args, **kwargs)
+
+    def __deepcopy__(self, memo: dict) -> _Method:
+        return _Method(copy.deepcopy(self._module(), memo), self._name)
+
+    def __reduce__(self):
+        return getattr, (self._module(), self._name)
+
+
+class _Hook:
+    """What stands in front of a call. A copy of the module gets what stood there ``before``."""
+
+    def __init__(self, hook: Callable, before: Callable) -> None:
+        functools.update_wrapper(self, before)
+        self._hook, self._before = hook, before
+
+    def __call__(self, *args, **kwargs):
+        return self._hook(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict) -> Callable:
+        return copy.deepcopy(self._before, memo)
+
+    def __reduce__(self):
+        return operator.getitem, ((self._before,), 0)
 
 
 class CallSite:
@@ -49,8 +97,12 @@ class CallSite:
             return
         self._module = weakref.ref(module)
         for name in self._names(module):
-            before = self._before[name] = module.__dict__.get(name)
-            hook = self._wrap(_method(self._module, name) if before is None else before)
+            before = module.__dict__.get(name)
+            if isinstance(before, _Method):  # of a copy of a model
+                before = None
+            self._before[name] = before
+            called = _Method(module, name) if before is None else before
+            hook = _Hook(self._wrap(called), called)
             self._own[name] = weakref.ref(hook)
             module.__dict__[name] = hook
 
@@ -137,16 +189,6 @@ def _called(module: torch.nn.Module, name: str) -> str:
 def _is_compiled(module: torch.nn.Module) -> bool:
     """Whether a module was compiled in place."""
     return module.__dict__.get(COMPILED) is not None
-
-
-def _method(module: weakref.ref, name: str) -> Callable:
-    method = getattr(type(module()), name)
-
-    @functools.wraps(method)
-    def call(*args, **kwargs):
-        return method(module(), *args, **kwargs)
-
-    return call
 
 
 def has_forward(module: torch.nn.Module) -> bool:

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 
-from . import device_utils
-from .allocation_parser import CPU, AllocationError
+from .allocation_parser import AllocationError
 from .distorch2_patch import patchers_of
-from .model_lookup import META, allocation_text, follow_allocation, is_swapped_here
+from .model_lookup import META, allocation_text, follow_allocation
+from .multigpu_strings import stored_allocations
 from .patch_table import Patch, PatchTable
 
 logger = logging.getLogger("MultiGPU")
@@ -219,28 +219,6 @@ def executing_node():
     return None if context is None else context.node_id
 
 
-def stored_allocations(inputs: dict) -> dict[int, str]:
-    """What MultiGPU stores for these loader inputs, by the position of the output it is for.
-
-    Follows the contract of MultiGPU 2.6: ``<expert>#<compute>;<virtual_vram_gb>;<donors>``.
-    """
-    advanced = "unet_compute_device" in inputs
-    prefixes = {0: "unet_", 1: "clip_"} if advanced else {0: ""}
-    return {position: _stored_allocation(inputs, prefix) for position, prefix in prefixes.items()}
-
-
-def _stored_allocation(inputs: dict, prefix: str) -> str:
-    device = inputs.get(prefix + "compute_device") or inputs.get(prefix + "device")
-    expert = inputs.get(prefix + "expert_mode_allocations", "")
-    gigabytes = inputs.get(prefix + "virtual_vram_gb", 0.0)
-    donors = inputs.get(prefix + "donor_device", CPU)
-    if inputs.get("use_other_vram"):
-        others = [name for name in device_utils.device_names() if name not in (CPU, device)]
-        donors = ",".join([*others, CPU])
-    virtual = f"{device};{gigabytes};{donors}" if gigabytes > 0 else device if expert else ""
-    return f"{expert}#{virtual}" if expert or virtual else ""
-
-
 def place_anew(outputs: tuple, inputs: dict) -> bool | None:
     """Give retained outputs the allocations of these inputs: whether that changes anything.
 
@@ -260,13 +238,11 @@ def place_anew(outputs: tuple, inputs: dict) -> bool | None:
         for n, patcher in parts.items():
             if texts[n]:
                 setattr(patcher.model, META, {"full_allocation": texts[n]})
-                if is_swapped_here(patcher):
-                    follow_allocation(patcher)
+                follow_allocation(patcher)
     except AllocationError:
         for n, patcher in parts.items():
             if before[n]:
                 setattr(patcher.model, META, {"full_allocation": before[n]})
-                if is_swapped_here(patcher):
-                    follow_allocation(patcher)
+                follow_allocation(patcher)
         raise
     return any(before[n] != texts[n] for n in parts)

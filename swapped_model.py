@@ -13,13 +13,14 @@ import torch
 from . import device_utils, step_time
 from .allocation_parser import CPU, Allocation
 from .model_blocks import modules_beside, root_of
-from .model_layout import Layout, is_better
+from .model_layout import Layout
 from .packed_weights import Pack
 from .page_locks import Need, PageLocks
 from .pass_memory import Room
+from .pass_needs import OnNeed, PassNeeds
 from .pass_timing import PassTime
 from .split import ModelSizes, Split, format_bytes
-from .split_planner import plan_split, refit_split
+from .split_chooser import SplitChooser
 from .split_tuner import SplitTuner
 from .swap_executor import BlockSwap
 
@@ -30,13 +31,6 @@ logger = logging.getLogger("MultiGPU")
 AVAILABLE_RAM = 0.2
 
 SHARE_RAM = (CPU, "mps")
-
-# Of what a donor has free, ``auto`` leaves this share to others.
-DONOR_MARGIN = 0.1
-
-# ``auto`` grows by no less than this many blocks where passes need what they did: what is free is
-# never quite the same.
-WORTH_BLOCKS = 1.25
 
 
 def has_room_for_homes(nbytes: int, available: int, total: int) -> bool:
@@ -56,33 +50,31 @@ class SwappedModel:
         model: torch.nn.Module,
         allocation: Allocation,
         locks: PageLocks,
-        on_need: Callable[[object, int, bool, int], None] | None = None,
+        on_need: OnNeed | None = None,
         whole: bool = False,
     ):
         """``whole``: blocks are not to move in parts, as when something compiles them."""
         self._model = weakref.ref(model)
         self._locks = locks
-        self._on_need = on_need
         self._whole = whole
-        self.room: Room | None = None
-        self.tuner = SplitTuner()
-        self._others: int | None = None  # bytes on the compute device that are not of this model
-        self._too_little: int | None = None  # bytes that the pass which is repeated has had
+        self.layout = Layout.of(model)
+        held = weakref.WeakMethod(self._held)
+        self.choice = SplitChooser(self.layout.sizes, allocation, lambda device: held()(device))
+        self.needs = PassNeeds(device_utils.torch_device(self.split.compute_device), on_need)
         self._told: set[object] = set()  # what the user was told of, before the first step
         self._placed: Split | None = None
         self._undrive: Callable[[], None] | None = None
         self._foreign_bytes = 0
-        self.layout = Layout.of(model)
-        self._use(self.layout, self._plan(allocation, self.layout.sizes))
+        self._use(self.layout)
         self._divide()
 
-    def _use(self, layout: Layout, split: Split) -> None:
+    def _use(self, layout: Layout) -> None:
         """Have the model packed like this; nothing of it is packed yet."""
-        self.layout, self.split, self.sizes = layout, split, layout.sizes
+        self.layout = layout
         first, travel = len(layout.sizes.blocks), len(layout.travelling)
         tables = zip(layout.sizes.tables, layout.tables, strict=True)
         self.swap = BlockSwap(
-            device_utils.torch_device(split.compute_device),
+            device_utils.torch_device(self.split.compute_device),
             layout.travelling,
             layout.calls[:travel],
             leading=range(first, travel),
@@ -97,35 +89,16 @@ class SwappedModel:
         if self._whole or self.layout.wholes or any(p.device for p in self.all_packs()):
             return
         layout = Layout.of(self._model(), in_parts=True)
-        if layout.wholes:
-            split = self._plan(self.split.allocation, layout.sizes)
-            if is_better(split, self.split):
-                self._use(layout, split)
+        if layout.wholes and self.choice.divide(layout.sizes):
+            self._use(layout)
 
-    def _plan(
-        self,
-        allocation: Allocation,
-        sizes: ModelSizes | None = None,
-        compute_spare: int | None = None,
-    ) -> Split:
-        """The split for an allocation; ``compute_spare`` is what ``auto`` has to compute with."""
-        sizes = sizes or self.sizes
-        memory = {
-            entry.device: device_utils.total_memory(entry.device) for entry in allocation.entries
-        }
-        if compute_spare is None:
-            compute_spare = sizes.total_bytes if self.room is None else self.room.nbytes
-        spare = {
-            device: compute_spare if device == allocation.compute_device else self._spare(device)
-            for device in allocation.auto_devices
-        }
-        return plan_split(allocation, sizes, memory, spare, self.tuner.timing)
+    def _held(self, device: torch.device) -> int:
+        """Bytes of parts on a device."""
+        return sum(pack.nbytes for pack in self.packs if pack.device == device)
 
-    def _spare(self, donor: str) -> int:
-        """What a donor that is ``auto`` has for this model: what is free there, less a margin."""
-        device = device_utils.torch_device(donor)
-        held = sum(pack.nbytes for pack in self.packs if pack.device == device)
-        return int((1 - DONOR_MARGIN) * (device_utils.free_memory(donor) + held))
+    def __reduce__(self):
+        """A copy of a model has ``None`` for a state: nothing drives it."""
+        return type(None), ()
 
     @property
     def packs(self) -> tuple[Pack, ...]:
@@ -133,53 +106,39 @@ class SwappedModel:
         return self.layout.packs
 
     @property
-    def is_auto(self) -> bool:
-        """Whether the compute device has what is free there, instead of a typed quota."""
-        return self.split.compute_device in self.split.allocation.auto_devices
+    def split(self) -> Split:
+        """The split that the model has, or is to have from the next load on."""
+        return self.choice.split
+
+    @split.setter
+    def split(self, split: Split) -> None:
+        self.choice.split = split
 
     @property
-    def wanted_bytes(self) -> int:
-        """What the next load would like to have of the compute device."""
-        return self.sizes.total_bytes if self.is_auto else self.split.compute_bytes
+    def sizes(self) -> ModelSizes:
+        """What the model is made of."""
+        return self.choice.sizes
+
+    @property
+    def tuner(self) -> SplitTuner:
+        """What timed passes say of the split."""
+        return self.choice.tuner
 
     def fit(self, room: Room) -> None:
-        """Take what ``room`` there is for weights now, where the compute device is ``auto``.
-
-        Nothing changes where less than a block would, as what is free is never quite the same, nor
-        where more on the compute device is known to save no time.
-        """
-        before, self.room = self.room, room
-        if not self.is_auto:
-            return
-        wanted = self._plan(self.split.allocation)
-        if not self.loaded:
-            self.split = wanted
-            self._divide()
-            return
-        held, block = self.split.compute_bytes, self.split.sizes.largest_block
-        more = min(room.nbytes, self.sizes.total_bytes) - held
-        becomes_whole = wanted.bytes_per_pass == 0 < self.split.bytes_per_pass
-        same_need = before is not None and before.need == room.need
-        worth = WORTH_BLOCKS * block if same_need else block
-        if held <= room.nbytes and more < worth and not becomes_whole:
-            return
-        fitted = refit_split(self.split, wanted)
-        if held <= room.nbytes and not self.tuner.is_worth(fitted, self.split, room.latent):
-            return
-        if (fitted.homes, fitted.slots) != (self.split.homes, self.split.slots):
-            self.split = fitted
-            self.tuner.begin()
+        """Take what ``room`` there is for weights now, where the compute device is ``auto``."""
+        self.choice.fit(room, self.loaded)
+        self._divide()
 
     def _make_room(self, missing: int) -> bool:
         """A pass has run out of memory: give ``missing`` bytes, or a block, back, and go on.
 
         Returns whether that was possible: not at the floor, nor with a typed quota.
         """
-        now, too_little = self._placed_now(), self._room_for_a_pass()
+        now, too_little = self._placed_now(), self.needs.room(self.compute_bytes())
         fewer = now.compute_bytes - max(missing, now.sizes.largest_block)
-        if not self.is_auto or not self._shrink(now, max(0, fewer)):
+        if not self.choice.is_auto or not self._shrink(now, max(0, fewer)):
             return False
-        self._too_little = too_little
+        self.needs.repeat(too_little)
         logger.warning(
             f"[MultiGPU] block swap: out of memory in a pass, which is repeated with "
             f"{format_bytes(self.split.compute_bytes)} of weights on {self.split.compute_device} "
@@ -194,43 +153,14 @@ class SwappedModel:
 
     def _shrink(self, now: Split, nbytes: int) -> bool:
         """Have what ``nbytes`` of the compute device hold, if that is less than ``now``."""
-        wanted = self._plan(now.allocation, compute_spare=nbytes)
-        if not wanted.compute_bytes < now.compute_bytes:
+        if not self.choice.shrink(now, nbytes):
             return False
-        self.split = refit_split(now, wanted)
-        self.tuner.begin()
         self._place()
         self.swap.allocate_slots()
         return True
 
     def _learn(self, shape: object, peak: int, failed: bool) -> None:
-        """The allocator's peak in a pass: what it needs beside the weights is known now."""
-        if self._others is None or self._on_need is None:
-            return
-        too_little = self._room_for_a_pass() if failed else self._too_little
-        self._too_little = None
-        # A pass that could have had that much, and failed, is to have a block more or so.
-        least = 0 if too_little is None else too_little + self.sizes.largest_block // 2
-        self._on_need(shape, max(0, peak - self._others - self.compute_bytes()), failed, least)
-
-    def _room_for_a_pass(self) -> int | None:
-        """Bytes of the compute device that a pass has beside the weights, if that can be told."""
-        allocated = device_utils.allocated_memory(self.swap.compute_device)
-        if self._others is None or allocated is None:
-            return None
-        free = device_utils.free_memory(self.split.compute_device)
-        return free + allocated - self._others - self.compute_bytes()
-
-    def note_memory(self) -> None:
-        """The model is loaded: what is allocated besides belongs to others."""
-        allocated = device_utils.allocated_memory(self.swap.compute_device)
-        self._others = None if allocated is None else allocated - self.compute_bytes()
-
-    def follow(self, allocation: Allocation) -> None:
-        """Plan anew if the allocation is another; the next load moves what has to move."""
-        if allocation != self.split.allocation:
-            self.split = self._plan(allocation)
-            self.tuner.begin()
+        self.needs.learn(shape, peak, failed, self.compute_bytes(), self.sizes.largest_block)
 
     @property
     def loaded(self) -> bool:
@@ -262,7 +192,9 @@ class SwappedModel:
 
     def absorb(self) -> None:
         """Take over the weights that ComfyUI has hung on the modules."""
-        self._foreign_bytes = sum(pack.absorb() for pack in self.all_packs())
+        # A copy of a patched model is unpatched before its first load, when nothing is packed.
+        packed = (pack for pack in self.all_packs() if pack.device is not None)
+        self._foreign_bytes = sum(pack.absorb() for pack in packed)
 
     def compute_bytes(self) -> int:
         """Bytes of weights on the compute device now."""
@@ -294,7 +226,7 @@ class SwappedModel:
 
         Where everything is in place already, nothing is touched: what the slots hold stays good.
         """
-        self._follow_calls()
+        self.choice.leave_out(self.swap.idle)
         if self._placed is self.split and self._is_at_home():
             self._page_lock()  # there may be room for it now
             return
@@ -305,17 +237,10 @@ class SwappedModel:
         self.swap.watch.time_passes(lambda pass_time: timed()(pass_time))
         learn, make_room = weakref.WeakMethod(self._learn), weakref.WeakMethod(self._make_room)
         self.swap.watch.take_peaks(lambda *peak, failed: learn()(*peak, failed))
-        self.swap.repeats = self.is_auto
+        self.swap.repeats = self.choice.is_auto
         self.swap.on_missing = lambda nbytes: make_room()(nbytes)
         logger.info("\n".join([self.split.table(), *self._remarks()]))
         self._start_driving()
-
-    def _follow_calls(self) -> None:
-        """Plan anew where passes have shown that they never run some blocks: those leave first."""
-        if self.swap.idle != self.sizes.idle:
-            self.sizes = replace(self.sizes, idle=self.swap.idle)
-            self.split = refit_split(self.split, self._plan(self.split.allocation))
-            self.tuner.begin()
 
     def _is_at_home(self) -> bool:
         """Whether every pack is where the split wants it."""
@@ -399,8 +324,8 @@ class SwappedModel:
 
     def _remarks(self) -> Iterator[str]:
         """Lines for the table: what a pass will take, what there is in RAM, and how."""
-        if self.is_auto and self.room is not None:
-            yield f"  {self.split.compute_device}: auto is {self.room}"
+        if self.choice.is_auto and self.choice.room is not None:
+            yield f"  {self.split.compute_device}: auto is {self.choice.room}"
         if self.layout.wholes:
             yield f"  blocks move in parts, which count as blocks here: {self.layout.part_names}"
         line = self.tuner.report(self.split)
@@ -447,10 +372,6 @@ class SwappedModel:
             self._page_lock()  # they travel now
         self.swap.update(self.split.slots or 2)
         return before - self.compute_bytes()
-
-    def has_spare(self) -> bool:
-        """Whether ``auto`` may hold more than saves time."""
-        return self.loaded and self.is_auto and self.tuner.cheapest_bytes is not None
 
     def give_way(self, nbytes: int, least: int = 0) -> None:
         """Free up to ``nbytes`` of what ``auto`` has taken, down to ``least`` bytes or the floor.

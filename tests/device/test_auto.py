@@ -21,8 +21,8 @@ def test_every_prompt_runs_and_the_second_one_fills_the_card(bench, card, loader
     state = bench.state()
     block = state.sizes.largest_block
     assert 0 < len(state.split.swapped) < len(state.sizes.blocks)
-    assert state.split.compute_bytes <= state.room.nbytes
-    assert state.split.compute_bytes >= 0.95 * state.room.nbytes - 1.3 * block
+    assert state.split.compute_bytes <= state.choice.room.nbytes
+    assert state.split.compute_bytes >= 0.95 * state.choice.room.nbytes - 1.3 * block
     del ballast
 
 

@@ -305,7 +305,7 @@ def test_what_multigpu_loads_is_told_in_bytes(bench, card, no_blocks, monkeypatc
     bench.allocate(no_blocks, text)
     no_blocks.partially_load(torch.device(COMPUTE))
     assert bench.module("model_lookup").allocation_text(inner) == text
-    assert inner._distorch2_in_bytes[1].startswith(f"acc:0,{6 * MIB}b;acc:1,*#")
+    assert inner._distorch2_in_bytes[1].startswith(f"acc:0,{6 * MIB}b;acc:1,0b*#")
     held = sum(p.nbytes for p in inner.parameters() if str(p.device) == COMPUTE)
     assert 0 < held <= 9 * MIB
     assert {str(p.device) for p in inner.parameters()} == {COMPUTE, "acc:1"}

@@ -100,7 +100,7 @@ def comes_first(bench, monkeypatch):
 def floor(bench, model):
     """The least of the model that any split has on the compute device, in bytes."""
     state = planned(bench, bench.distorch(AUTO, unet_name=MODEL))
-    return state._plan(state.split.allocation, 0).compute_bytes
+    return state.choice.plan(state.split.allocation, 0).compute_bytes
 
 
 def planned(bench, loader):

@@ -66,7 +66,7 @@ def neighbours(bench, card, written, monkeypatch):
             assert beside.loaded_size() == beside.model_size()
         # In whatever order they were loaded: the ControlNet is not what a pass will take.
         state = bench.state(patcher)
-        assert state._others == ledger.allocated[COMPUTE] - state.compute_bytes()
+        assert state.needs.others == ledger.allocated[COMPUTE] - state.compute_bytes()
 
     def plain():
         held[:] = [bench.load(bench.plain("other.safetensors"))]

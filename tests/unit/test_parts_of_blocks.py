@@ -4,9 +4,9 @@ import pytest
 
 from block_swap import step_time
 from block_swap.allocation_parser import parse_allocation
-from block_swap.model_layout import is_better
 from block_swap.pass_schedule import ASSUMED_BANDWIDTH, Timing, predict
 from block_swap.split import Block, ModelSizes
+from block_swap.split_chooser import is_better
 from block_swap.split_planner import plan_split
 
 MIB, GIB = 1 << 20, 1 << 30

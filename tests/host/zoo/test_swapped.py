@@ -173,7 +173,7 @@ def in_parts(bench, monkeypatch):
     """Blocks move in parts wherever they can."""
     layout = bench.module("model_layout")
     monkeypatch.setattr(bench.module("model_blocks"), "PART_BYTES", 1 << 10)
-    monkeypatch.setattr(bench.module("swapped_model"), "is_better", lambda parts, whole: True)
+    monkeypatch.setattr(bench.module("split_chooser"), "is_better", lambda parts, whole: True)
     return layout
 
 
