@@ -10,9 +10,10 @@ device that gives it; columns are C:T, of all blocks. Exits with 1 where a ratio
 The figures are those of a clock that counts, not measures: they are the same on every machine.
 
 Flux is there twice: with blocks that compute as long as they are large, which is what planning
-takes for granted and has a limit, and as it is, each block as long as any other. There two slots
-cannot hold the bound: while double blocks run more bytes are needed than the link can carry, and
-the slots hold no more than two of them ahead. What the tables say of that has no limit.
+takes for granted and has a limit, and as it is, every block as long as any other. While its double
+blocks run, the link is asked for more than it carries, and few slots hold little ahead: where many
+of them are swapped no order of copies meets the bound. That table has no limit; below it stands how
+far the plugin is from the best of all splits of its memory that swap each kind of block evenly.
 
 A quota with room for a single block behind the non-block weights is the floor: with one slot
 nothing overlaps, and a step takes N * (C + T) + (L - N) * C, up to twice the bound.
@@ -24,13 +25,16 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 
 import torch
 from way import split_with
 
 from block_swap.page_locks import Limit, PageLocks, Pinning
+from block_swap.pass_schedule import Timing, predict
 from block_swap.split import Block, ModelSizes, Split
+from block_swap.swap_choice import compute_bytes
 from block_swap.swapped_model import SwappedModel
 from rig import simulator
 
@@ -57,6 +61,10 @@ class Blocks:
     def equal(self) -> bool:
         """Whether all have one size."""
         return len(set(self.nbytes)) == 1
+
+    def seconds(self, ratio: float) -> float:
+        """What all of them compute for, at a ratio to moving them all."""
+        return ratio * sum(self.nbytes) / BANDWIDTH
 
     @property
     def sizes(self) -> ModelSizes:
@@ -121,9 +129,9 @@ def page_locks() -> PageLocks:
     return PageLocks(pinning, lambda: Limit(sys.maxsize, 0))
 
 
-def step_over_bound(blocks: Blocks, split: Split, ratio: float) -> float:
-    """The time of a step over its bound, for one point of the grid."""
-    seconds = ratio * sum(blocks.nbytes) / BANDWIDTH
+def step_and_bound(blocks: Blocks, split: Split, ratio: float) -> tuple[float, float]:
+    """The time of a step, and its bound, for one point of the grid."""
+    seconds = blocks.seconds(ratio)
     model = SyntheticModel(blocks, seconds)
     swapped = SwappedModel(model, split.allocation, page_locks())
     swapped.load(model)
@@ -141,12 +149,50 @@ def step_over_bound(blocks: Blocks, split: Split, ratio: float) -> float:
         model(x)
     end.record()
     step = start.elapsed_time(end) / 1000 / MEASURED
-    return step / max(seconds, swapped.split.bytes_per_pass / BANDWIDTH)
+    return step, max(seconds, swapped.split.bytes_per_pass / BANDWIDTH)
+
+
+def best_even_step(blocks: Blocks, splits: Sequence[Split], ratio: float) -> float:
+    """What the fastest of ``splits`` takes, by how long each block really computes."""
+    timing = Timing(blocks.seconds(ratio), {"cpu": BANDWIDTH}, shares=blocks.work)
+    return min(predict(split, timing) for split in splits)
+
+
+def even_splits(split: Split) -> list[Split]:
+    """Splits with as much memory as ``split`` that swap some of each kind of block, evenly spread.
+
+    For every number of the blocks of other sizes, the fewest of the smallest.
+    """
+    blocks = split.sizes.blocks
+    kinds = [
+        [i for i, block in enumerate(blocks) if block.nbytes == nbytes]
+        for nbytes in sorted({block.nbytes for block in blocks}, reverse=True)
+    ]
+    *larger, smallest = ([_spread(kind, n) for n in range(len(kind) + 1)] for kind in kinds)
+    splits = []
+    for slots, chosen in product((2, 3), product(*larger)):
+        choices = (sum(chosen, ()) + few for few in smallest)
+        fitting = (c for c in choices if fits(split, c, slots))
+        swapped = next(fitting, None)
+        if swapped:
+            homes = tuple("cpu" if i in swapped else COMPUTE for i in range(len(blocks)))
+            splits.append(replace(split, homes=homes, slots=slots))
+    return splits
+
+
+def fits(split: Split, swapped: Sequence[int], slots: int) -> bool:
+    """Whether the quota of ``split`` has room with other blocks swapped."""
+    return compute_bytes(split.sizes, swapped, slots) <= split.quotas[0].nbytes
+
+
+def _spread(kind: Sequence[int], number: int) -> tuple[int, ...]:
+    """So many of ``kind``, evenly spread."""
+    return tuple(kind[-(-(j + 1) * len(kind) // number) - 1] for j in range(number))
 
 
 def grid(blocks: Blocks, ratios: Sequence[float]) -> tuple[list[str], float]:
     """The Markdown table for one model, and its worst ratio."""
-    worst, sizes = 0.0, blocks.sizes
+    worst, worse, sizes = 0.0, 0.0, blocks.sizes
     lines = [
         blocks.name,
         "",
@@ -155,8 +201,13 @@ def grid(blocks: Blocks, ratios: Sequence[float]) -> tuple[list[str], float]:
     ]
     for share in SHARES:
         split = split_with(sizes, share, COMPUTE)
-        points = [step_over_bound(blocks, split, ratio) for ratio in ratios]
+        steps = [step_and_bound(blocks, split, ratio) for ratio in ratios]
+        points = [step / bound for step, bound in steps]
         worst = max(worst, *points)
+        if not blocks.limited:
+            even = even_splits(split)
+            best = (best_even_step(blocks, even, ratio) for ratio in ratios)
+            worse = max(worse, *(s / b for (s, _), b in zip(steps, best, strict=True)))
         row = [
             f"{len(split.swapped)} of {len(sizes.blocks)}",
             f"{split.quotas[0].nbytes / sizes.total_bytes:.0%}",
@@ -164,7 +215,8 @@ def grid(blocks: Blocks, ratios: Sequence[float]) -> tuple[list[str], float]:
             *(f"{point:.3f}" for point in points),
         ]
         lines.append(f"| {' | '.join(row)} |")
-    return [*lines, "", f"worst: {worst:.3f}", ""], worst
+    end = f"; {worse:.3f} times the best even split" if worse else ""
+    return [*lines, "", f"worst: {worst:.3f}{end}", ""], worst
 
 
 def print_grids(limit: float, unequal: float, everything: bool) -> list[str]:
