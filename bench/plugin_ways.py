@@ -23,7 +23,7 @@ class PluginWay(Way):
     """
 
     name = "this plugin"
-    warm_up = 6
+    warm_up = 5
 
     def does_not_take(self, point):
         return None

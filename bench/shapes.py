@@ -232,7 +232,7 @@ _NARROW = {"hidden_size": 256, "num_heads": 2, "context_in_dim": 256, "vec_in_di
 SMALL = {
     "wan": _small(WAN, 8, 4, 64, dim=256, ffn_dim=512, num_heads=2, text_len=64),
     "flux": _small(FLUX, 12, 1, 8, **_NARROW),
-    "qwen": _small(QWEN, 6, 1, 8, num_attention_heads=2, joint_attention_dim=256),
+    "qwen": _small(QWEN, 4, 1, 8, num_attention_heads=2, joint_attention_dim=256),
     "hunyuan": _small(HUNYUAN, 12, 1, 8, **_NARROW),
 }
 

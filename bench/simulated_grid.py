@@ -45,7 +45,7 @@ WARM_UP, MEASURED = 2, 4
 
 SHARES = (10, 20, 30, 40, 50, 60, 70, 80, 90, 100)  # percent of the blocks' bytes that are swapped
 RATIOS = (0.25, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 4.0)  # compute : transfer
-SAMPLE = (0.25, 0.5, 0.8, 1.0, 1.25)
+SAMPLE = (20, 40, 60, 80, 100), (0.25, 0.5, 0.8, 1.0, 1.25)
 
 
 @dataclass(frozen=True)
@@ -190,7 +190,7 @@ def _spread(kind: Sequence[int], number: int) -> tuple[int, ...]:
     return tuple(kind[-(-(j + 1) * len(kind) // number) - 1] for j in range(number))
 
 
-def grid(blocks: Blocks, ratios: Sequence[float]) -> tuple[list[str], float]:
+def grid(blocks: Blocks, shares: Sequence[int], ratios: Sequence[float]) -> tuple[list[str], float]:
     """The Markdown table for one model, and its worst ratio."""
     worst, worse, sizes = 0.0, 0.0, blocks.sizes
     lines = [
@@ -199,7 +199,7 @@ def grid(blocks: Blocks, ratios: Sequence[float]) -> tuple[list[str], float]:
         "| swapped | quota | slots | " + " | ".join(f"{ratio:g}" for ratio in ratios) + " |",
         "|" + "---:|" * (3 + len(ratios)),
     ]
-    for share in SHARES:
+    for share in shares:
         split = split_with(sizes, share, COMPUTE)
         steps = [step_and_bound(blocks, split, ratio) for ratio in ratios]
         points = [step / bound for step, bound in steps]
@@ -232,7 +232,8 @@ def print_grids(limit: float, unequal: float, everything: bool) -> list[str]:
     logging.disable(logging.WARNING)  # the plugin's table, once per point
     with torch.inference_mode():
         for blocks in MODELS:
-            lines, worst = grid(blocks, RATIOS if everything or blocks.equal else SAMPLE)
+            points = (SHARES, RATIOS) if everything or blocks.equal else SAMPLE
+            lines, worst = grid(blocks, *points)
             print("\n".join(lines))
             allowed = limit if blocks.equal else unequal
             if blocks.limited and worst > allowed:
@@ -243,7 +244,7 @@ def print_grids(limit: float, unequal: float, everything: bool) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--all", action="store_true", help="all ratios, also for blocks of different sizes")
+    add("--all", action="store_true", help="all points, also for blocks of different sizes")
     add("--limit", type=float, default=1.05, help="largest step / bound allowed, of equal blocks")
     add("--limit-unequal", type=float, default=1.05, help="the same for blocks of two sizes")
     args = parser.parse_args()
