@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 LATENT_CHANNELS = 16
 PIXELS = {"480p": (480, 832), "720p": (720, 1280), "1024p": (1024, 1024)}
@@ -100,6 +101,22 @@ class Shape:
         given["timestep"] = torch.full((1,), self.timestep).to(device)
         given["transformer_options"] = {}
         return given
+
+    def flops(self, length: Length) -> int:
+        """Floating point operations of one pass, 2*m*n*k per matrix product, by a dry run."""
+        from comfy.ldm.modules.attention import attention_pytorch
+        from comfy.ops import disable_weight_init
+
+        nowhere = torch.device("meta")
+        given = self.inputs(length, nowhere)
+        # The others ask the device for its free memory.
+        plain = {
+            "optimized_attention_override": lambda _, *args, **kw: attention_pytorch(*args, **kw)
+        }
+        given["transformer_options"] = plain
+        with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+            self.build(disable_weight_init)(**given)
+        return counter.get_total_flops()
 
 
 def _wan_sizes(shape: Shape, length: Length) -> dict[str, tuple[int, ...]]:
@@ -232,7 +249,7 @@ _NARROW = {"hidden_size": 256, "num_heads": 2, "context_in_dim": 256, "vec_in_di
 SMALL = {
     "wan": _small(WAN, 8, 4, 64, dim=256, ffn_dim=512, num_heads=2, text_len=64),
     "flux": _small(FLUX, 12, 1, 8, **_NARROW),
-    "qwen": _small(QWEN, 4, 1, 8, num_attention_heads=2, joint_attention_dim=256),
+    "qwen": _small(QWEN, 6, 1, 8, num_attention_heads=2, joint_attention_dim=256),
     "hunyuan": _small(HUNYUAN, 12, 1, 8, **_NARROW),
 }
 

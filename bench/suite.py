@@ -20,7 +20,6 @@ from machine import Machine, import_package, peak_rss
 from model import Weights
 from plugin_ways import PluginWay
 from shapes import Length, Shape
-from torch.utils.flop_counter import FlopCounterMode
 from way import Point, Resident, Way, split_with
 from ways import WAYS
 
@@ -189,6 +188,8 @@ class Suite:
         self.results.weights[shape.name, form] = weights.nbytes
         sizes = _sizes_of(weights.model(), str(self.machine.device))
         points = list(self._points(shape.name, form, sizes))
+        for length in shape.lengths:
+            self.results.flops[shape.name, form, length] = shape.flops(length)
         # Of the lengths that fit: what the resident model gives, and how long it takes.
         self._expected: dict[Length, torch.Tensor] = {}
         self._resident: dict[Length, float] = {}
@@ -251,7 +252,7 @@ class Suite:
             shape = weights.shape
             for length in shape.lengths if reference else list(self._expected):
                 if reference:
-                    self._try_reference(forward, shape, length, point)
+                    self._try_reference(forward, shape, length)
                 elif not self._out_of_time(f"{self._name(way, point)}, {length.name}"):
                     row = self._row(way, point, length)
                     first = self._measure_length(way, forward, shape, row)
@@ -282,20 +283,18 @@ class Suite:
     def _with_allocator(self) -> list[str]:
         return [f"allocator {self.machine.allocator}"] if self.machine.allocator else []
 
-    def _try_reference(self, forward, shape: Shape, length: Length, point: Point) -> None:
+    def _try_reference(self, forward, shape: Shape, length: Length) -> None:
         try:
-            self._set_reference(forward, shape, length, point)
+            self._set_reference(forward, shape, length)
         except torch.OutOfMemoryError:
             name = ", ".join([shape.name, length.name, *self._with_allocator()])
             self.results.failed.append(f"{name}: does not fit with everything resident")
 
-    def _set_reference(self, forward, shape: Shape, length: Length, point: Point) -> None:
+    def _set_reference(self, forward, shape: Shape, length: Length) -> None:
         """Learn what a length gives, and how long it takes with everything resident."""
         self.machine.set_length(length, None, 0)
         given = shape.inputs(length, self.machine.device)
-        with FlopCounterMode(display=False) as counter:
-            forward(**given)
-        self.results.flops[point.model, point.form, length] = counter.get_total_flops()
+        forward(**given)
         passes = self.machine.passes(lambda: forward(**given), 1)
         (self._resident[length],) = passes.seconds
         self._expected[length] = passes.last.cpu()
