@@ -41,7 +41,7 @@ from rig import simulator
 COMPUTE = "acc:0"
 UNIT = 1 << 10  # bytes
 BANDWIDTH = 1e6  # bytes per virtual second
-WARM_UP, MEASURED = 2, 4
+WARM_UP, MEASURED = 3, 4
 
 SHARES = (10, 20, 30, 40, 50, 60, 70, 80, 90, 100)  # percent of the blocks' bytes that are swapped
 RATIOS = (0.25, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0, 4.0)  # compute : transfer
