@@ -87,7 +87,8 @@ $(CONTRACTS:%=contract-%): contract-%: $(READY)
 		--comfyui 0.18.2 --multigpu double:$*
 
 peers: $(READY)
-	$(PY) bench/run.py --simulated --no-grid --limit 1.05 --out .cache/bench
+	$(PY) bench/run.py --simulated --quick --models wan flux qwen --no-grid --limit 1.05 \
+		--out .cache/bench
 
 grid: $(READY)
 	$(PY) bench/simulated_grid.py --limit 1.02

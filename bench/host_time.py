@@ -16,16 +16,20 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from unittest import mock
 
 import torch
 from machine import ROOT, VERSION, comfy_host, import_comfy
-from model import Length, Shape, Weights, inputs
-from ways import packs_of
+from model import Weights
+from shapes import WAN, Length
 
 from block_swap import donor_link, swap_executor
+from block_swap.packed_weights import Pack
 
-BLOCKS, SHAPE = 8, Shape(1024, 4096)
+BLOCKS = 8
+NARROW = {"dim": 1024, "ffn_dim": 4096, "num_heads": 8, "num_layers": BLOCKS}
+SHAPE = replace(WAN, arguments={**WAN.arguments, **NARROW})
 LENGTH = Length("short", 1, 8, 8)
 SHARES = {"resident": 0.0, "half swapped": 0.5, "all swapped": 1.0}
 ROUNDS, ALONE = 10, 200
@@ -37,7 +41,7 @@ COMPUTE, DONOR = torch.device("cpu", 0), torch.device("cpu")
 def driven(weights: Weights, share: float) -> tuple[torch.nn.Module, Callable[[], None]]:
     """A model of which ``share`` of the blocks is swapped, and a pass that computes nothing."""
     model = weights.model().float()
-    packs, _ = packs_of(model)
+    packs = [Pack.layout(block.modules()) for block in model.blocks]
     for index, pack in enumerate(packs):
         pack.place(DONOR)
         if index >= share * BLOCKS:
@@ -46,7 +50,7 @@ def driven(weights: Weights, share: float) -> tuple[torch.nn.Module, Callable[[]
     swap.update(2)
     swap.allocate_slots()
     swap.drive(model)
-    model(*given())
+    model(**given())
 
     def alone() -> None:
         with swap.forward_pass():
@@ -63,8 +67,10 @@ def seconds_of(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def given() -> tuple[torch.Tensor, ...]:
-    return tuple(tensor.float() for tensor in inputs(LENGTH, DONOR))
+def given() -> dict[str, object]:
+    inputs = SHAPE.inputs(LENGTH, DONOR)
+    tensors = {k: v.float() for k, v in inputs.items() if isinstance(v, torch.Tensor)}
+    return {**inputs, **tensors}
 
 
 class _Elsewhere:
@@ -80,7 +86,7 @@ def main() -> int:
     parser.add_argument("--limit-us", type=float, help="most microseconds per block")
     args = parser.parse_args()
     import_comfy(comfy_host.fetch(VERSION, ROOT / ".cache"), "--cpu")
-    weights = Weights(SHAPE, BLOCKS, "bf16")
+    weights = Weights(SHAPE, "bf16")
     torch.set_num_threads(1)  # threads that wait for each other wait for the machine
     arguments, problems = given(), []
     with torch.inference_mode():
@@ -89,7 +95,7 @@ def main() -> int:
         with mock.patch.object(donor_link.Link, "queue", lambda *_: None):
             rounds = [
                 {
-                    name: seconds_of(lambda m=model: m(*arguments))
+                    name: seconds_of(lambda m=model: m(**arguments))
                     for name, (model, _) in models.items()
                 }
                 for _ in range(ROUNDS)

@@ -7,11 +7,13 @@
 from __future__ import annotations
 
 import gc
+import importlib
 import platform
 import statistics
 import sys
 import threading
 import time
+import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -70,6 +72,16 @@ def import_comfy(source: Path, *flags: str):
     return comfy.model_management
 
 
+def import_package(name: str, folder: Path, *modules: str) -> types.ModuleType:
+    """Import some modules of a custom node package in ``folder``, and not its ``__init__``."""
+    if name not in sys.modules:
+        package = sys.modules[name] = types.ModuleType(name)
+        package.__path__ = [str(folder)]
+    for module in modules:
+        importlib.import_module(f"{name}.{module}")
+    return sys.modules[name]
+
+
 class Machine:
     """A CUDA device of this machine, and the ComfyUI in ``source``.
 
@@ -89,6 +101,11 @@ class Machine:
         self.mm = import_comfy(source)
         self.module = torch.get_device_module(self.device.type)
 
+    @property
+    def memory(self) -> int:
+        """Bytes of the device."""
+        return self.module.get_device_properties(self.device).total_memory
+
     def describe(self) -> dict[str, object]:
         """What the report says of this machine."""
         properties = self.module.get_device_properties(self.device)
@@ -102,7 +119,7 @@ class Machine:
             "simulated": not self.real,
         }
 
-    def set_length(self, length, resident_step: float | None, layers: int, block: int) -> None:
+    def set_length(self, length, resident_step: float | None, nbytes: int) -> None:
         """Make ready to measure passes of ``length``; a real machine is what it is."""
 
     def passes(self, run: Callable[[], T], number: int) -> Passes[T]:
@@ -164,7 +181,7 @@ class Machine:
 
 
 class Simulated(Machine):
-    """One simulated device. A length has a ratio of computing to moving a block, set on the clock.
+    """One simulated device. A length has a ratio of computing to moving, set on the clock.
 
     Host memory counts as page-locked. RAM and the times of the host say nothing here and are not
     reported.
@@ -202,11 +219,11 @@ class Simulated(Machine):
         whole = super().describe()
         return {k: whole[k] for k in ("device", "comfyui", "simulated")}
 
-    def set_length(self, length, resident_step: float | None, layers: int, block: int) -> None:
-        """Set the link so that a block computes ``length.ratio`` times as long as it moves."""
+    def set_length(self, length, resident_step: float | None, nbytes: int) -> None:
+        """Set the link so that a step takes ``length.ratio`` times as long as moving ``nbytes``."""
         rate = 1e15
         if resident_step is not None:
-            rate = length.ratio * block / (resident_step / layers)
+            rate = length.ratio * nbytes / resident_step
         simulator.clock.set_bandwidth(rate)
 
     def clear(self) -> None:

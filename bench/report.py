@@ -7,10 +7,12 @@ import statistics
 from html import escape
 from pathlib import Path
 
+from plugin_ways import PluginWay
 from suite import Results, Row, Settings
-from ways import BlockSwapWay, split_with
+from way import blocks_swapped, split_with
 
-from block_swap.step_time import predict
+from block_swap.pass_schedule import predict
+from block_swap.step_time import improve
 
 GIB = 1 << 30
 MIB = 1 << 20
@@ -25,7 +27,7 @@ def write(folder: Path, name: str, machine: dict, settings: Settings, results: R
     rows = [as_dict(row, results, simulated) for row in results.complete()]
     whole = {
         "machine": machine,
-        "blocks": settings.layers,
+        "blocks": {shape.name: shape.layers for shape in settings.shapes},
         "rounds": settings.rounds,
         "rows": rows,
         "not_at_hand": results.not_at_hand,
@@ -43,25 +45,28 @@ def as_dict(row: Row, results: Results, simulated: bool) -> dict[str, object]:
     """One row of the JSON: seconds, bytes, bytes per second."""
     low, middle, high = quartiles(row.seconds)
     out = {
-        "format": row.form,
+        "model": row.point.model,
+        "format": row.point.form,
         "length": row.length.name,
         "tokens": row.length.tokens,
         "way": row.way,
-        "blocks_swapped": row.point.swapped,
-        "share_swapped": row.point.swapped / row.point.layers,
-        "bytes_to_move": row.point.split.bytes_per_pass,
+        "blocks_swapped": _swapped(row),
+        "share_swapped": _share(row),
+        "bytes_to_move": results.bytes_to_move(row),
         "step": {"median": middle, "q1": low, "q3": high, "passes": len(row.seconds)},
         "resident_step": results.resident_step(row),
         "bandwidth": results.bandwidth(row),
-        "flops_per_second": results.flops[row.form, row.length.name] / results.resident_step(row),
+        "flops_per_second": results.flops[row.panel] / results.resident_step(row),
         "bound": results.bound(row),
         "ratio": results.ratio(row),
         "equal": row.equal,
         "peak_device_bytes": row.peak_device,
         "peak_device_bytes_loading": row.peak_load,
     }
-    if row.way == BlockSwapWay.name:
-        out["predicted"] = predict(row.point.split, results.timing(row))
+    if row.way == PluginWay.name:
+        out["slots"] = row.split.slots
+        out["slot_bytes"] = row.split.slot_bytes
+        out["predicted"] = predict(row.split, results.timing(row))
     if not simulated:
         out["allocator"] = row.allocator
         out["over_native"] = results.over_native(row)
@@ -85,17 +90,19 @@ def quartiles(values: list[float]) -> tuple[float, float, float]:
 
 
 def markdown(machine: dict, settings: Settings, results: Results) -> str:
-    """All tables: one per format and length, the ways at every share below each other."""
+    """All tables: one per model, format and length, the ways at every share below each other."""
     simulated = bool(machine["simulated"])
     both = len(results.allocators) > 1
     facts = [f"{key} {value}" for key, value in machine.items() if key != "simulated"]
     lines = [f"# {machine['device']}", "", ", ".join(facts), ""]
-    for (form, length), rows in _panels(results).items():
-        flops = results.flops[form, length.name] / results.resident_step(rows[0])
+    layers = {shape.name: shape.layers for shape in settings.shapes}
+    for panel, rows in _panels(results).items():
+        model, form, length = panel
+        flops = results.flops[panel] / results.resident_step(rows[0])
         lines += [
-            f"## {form}, {length.name}: {length.tokens} tokens, {settings.layers} blocks",
+            f"## {model}, {form}, {length.name}: {length.tokens} tokens, {layers[model]} blocks",
             "",
-            f"Weights {_size(results.weights[form])}, link "
+            f"Weights {_size(results.weights[model, form])}, link "
             f"{results.bandwidth(rows[0]) / 1e9:.3g} GB/s, everything resident "
             f"{flops / 1e12:.3g} TFLOP/s.",
             "",
@@ -109,7 +116,7 @@ def markdown(machine: dict, settings: Settings, results: Results) -> str:
         for row in rows:
             low, middle, high = quartiles(row.seconds)
             cells = [
-                f"{row.point.swapped} of {row.point.layers}",
+                f"{_swapped(row)} of {row.point.layers}, {_share(row):.0%}",
                 row.way,
                 *([] if simulated else [row.allocator]),
                 f"{middle * 1e3:.4g}",
@@ -140,11 +147,23 @@ def markdown(machine: dict, settings: Settings, results: Results) -> str:
     return "\n".join(lines).rstrip()
 
 
+def _swapped(row: Row) -> int:
+    """How many blocks were swapped while the row was measured."""
+    return blocks_swapped(row.split)
+
+
+def _share(row: Row) -> float:
+    """The share of the blocks' bytes that was swapped then."""
+    sizes = row.split.sizes
+    swapped = sum(sizes.parts[i].nbytes for i in row.split.swapped)
+    return swapped / sum(block.nbytes for block in sizes.blocks)
+
+
 def _predicted(results: Results, row: Row) -> str:
     """What ``step_time`` says of this plugin's split, from the resident step and the link."""
-    if row.way != BlockSwapWay.name:
+    if row.way != PluginWay.name:
         return ""
-    return f"{predict(row.point.split, results.timing(row)) * 1e3:.4g}"
+    return f"{predict(row.split, results.timing(row)) * 1e3:.4g}"
 
 
 def _over_native(results: Results, row: Row) -> str:
@@ -155,11 +174,10 @@ def _over_native(results: Results, row: Row) -> str:
 def _quotas(results: Results, row: Row) -> list[str]:
     """What each quota would cost of this format and length, as predicted."""
     split, timing = row.point.split, results.timing(row)
-    layers = len(split.sizes.blocks)
     lines = ["Predicted for this plugin, by the quota of the compute device:", ""]
     shown = {}
     for share in range(0, 101, 10):
-        other = split_with(split.sizes, round(layers * share / 100), split.compute_device)
+        other = improve(split_with(split.sizes, share, split.compute_device), timing)
         shown.setdefault(other.compute_bytes, predict(other, timing))
     lines.append(f"| quota | {' | '.join(_size(nbytes) for nbytes in shown)} |")
     lines.append("|---|" + "---:|" * len(shown))
@@ -176,11 +194,11 @@ def _size(nbytes: int) -> str:
 def _panels(results: Results) -> dict[tuple, list[Row]]:
     panels: dict[tuple, list[Row]] = {}
     for row in results.complete():
-        panels.setdefault((row.form, row.length), []).append(row)
+        panels.setdefault(row.panel, []).append(row)
     for rows in panels.values():  # processes come one after the other, but are read side by side
-        swapped = list(dict.fromkeys(row.point.swapped for row in rows))
+        shares = list(dict.fromkeys(row.point.share for row in rows))
         ways = list(dict.fromkeys(row.way for row in rows))
-        rows.sort(key=lambda row: (swapped.index(row.point.swapped), ways.index(row.way)))
+        rows.sort(key=lambda row: (shares.index(row.point.share), ways.index(row.way)))
     return panels
 
 
@@ -191,7 +209,7 @@ ASIDE = ", with "  # between a way and another allocator
 
 
 def plot(results: Results) -> str:
-    """An SVG of one panel per format and length: step over the share swapped, a line per way."""
+    """An SVG of one panel per model, format and length: step over share, a line per way."""
     panels = list(_panels(results).items())
     ways = list(dict.fromkeys(_series(row) for row in results.complete()))
     across = max(1, min(PER_LINE, len(panels)))
@@ -203,10 +221,10 @@ def plot(results: Results) -> str:
         f'font-family="sans-serif" font-size="11">',
         f'<rect width="{width}" height="{height}" fill="white"/>',
     ]
-    for number, ((form, length), rows) in enumerate(panels):
+    for number, ((model, form, length), rows) in enumerate(panels):
         left = MARGIN + number % PER_LINE * (WIDTH + MARGIN)
         top = 30 + number // PER_LINE * (HEIGHT + 70)
-        parts += _panel(f"{form}, {length.name}", left, top, rows, ways, results)
+        parts += _panel(f"{model}, {form}, {length.name}", left, top, rows, ways, results)
     for number, name in enumerate([*ways, "bound"]):
         y = height - legend + 18 * number + 12
         parts.append(_line([(MARGIN, y), (MARGIN + 30, y)], *_style(name, ways)))
@@ -218,7 +236,7 @@ def _panel(title: str, left: int, top: int, rows: list[Row], ways: list[str], re
     """Axes, ticks and lines of one panel whose plotting area starts at ``left``, ``top``."""
     lines = {way: [] for way in [*ways, "bound"]}
     for row in rows:
-        share = row.point.swapped / row.point.layers
+        share = _share(row)
         lines[_series(row)].append((share, statistics.median(row.seconds) * 1e3))
         if row.allocator == rows[0].allocator:
             lines["bound"].append((share, results.bound(row) * 1e3))

@@ -15,14 +15,20 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-import model as wan
 import torch
-from machine import Machine, peak_rss
-from ways import WAYS, Point, Resident, Way, sizes_of, split_with
+from machine import Machine, import_package, peak_rss
+from model import Weights
+from plugin_ways import PluginWay
+from shapes import Length, Shape
+from way import Point, Resident, Way, split_with
+from ways import WAYS
 
+from block_swap.allocation_parser import parse_allocation
+from block_swap.host_memory import page_locks
+from block_swap.split import ModelSizes, Split
 from block_swap.step_time import Timing
+from block_swap.swapped_model import SwappedModel
 
-WARM_UP = 3
 LONG_STEP = 5.0  # seconds; above, a way gets one pass to warm up
 FEWEST_PASSES = 2
 
@@ -31,9 +37,7 @@ FEWEST_PASSES = 2
 class Settings:
     """What to measure. ``budget`` is in seconds: when it is used up, no further way is loaded."""
 
-    shape: wan.Shape
-    layers: int
-    lengths: Sequence[wan.Length]
+    shapes: Sequence[Shape]
     formats: Sequence[str]
     shares: Sequence[int]
     ways: Sequence[str]
@@ -52,11 +56,11 @@ class Settings:
 class Row:
     """What was measured of one way at one point and length."""
 
-    form: str
-    length: wan.Length
+    length: Length
     point: Point
     way: str
     allocator: str  # of the process that measured it; "" on simulated devices
+    split: Split | None = None  # that it was measured with
     seconds: list[float] = field(default_factory=list)  # of each pass
     load_seconds: list[float] = field(default_factory=list)
     first_seconds: list[float] = field(default_factory=list)  # from weights in RAM to a first step
@@ -68,8 +72,13 @@ class Row:
 
     @property
     def place(self) -> tuple:
-        """What it has in common with the row that its bound comes from."""
-        return self.form, self.length, self.point.share, self.allocator
+        """What it has in common with the rows that its bound comes from."""
+        return *self.panel, self.point.share, self.allocator
+
+    @property
+    def panel(self) -> tuple[str, str, Length]:
+        """What it has in common with all rows of one table."""
+        return self.point.model, self.point.form, self.length
 
 
 @dataclass
@@ -78,8 +87,8 @@ class Results:
 
     rows: dict[tuple, Row] = field(default_factory=dict)
     bandwidths: dict[tuple, list[float]] = field(default_factory=dict)
-    flops: dict[tuple[str, str], int] = field(default_factory=dict)
-    weights: dict[str, int] = field(default_factory=dict)  # bytes of the model per format
+    flops: dict[tuple, int] = field(default_factory=dict)  # of a pass, by panel
+    weights: dict[tuple[str, str], int] = field(default_factory=dict)  # bytes of the model
     not_at_hand: dict[str, str] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
@@ -98,13 +107,29 @@ class Results:
     def resident_step(self, row: Row) -> float:
         return statistics.median(self.rows[row.place, Resident.name].seconds)
 
+    def bytes_to_move(self, row: Row) -> int:
+        """Bytes that this plugin moves in a pass at the place of ``row``."""
+        plugin = self.rows.get((row.place, PluginWay.name))
+        split = plugin.split if plugin is not None else None
+        return (split or row.point.split).bytes_per_pass
+
     def bound(self, row: Row) -> float:
         """Seconds that no way can be below: see this module."""
-        moved = row.point.split.bytes_per_pass
-        return max(self.resident_step(row), moved / self.bandwidth(row))
+        return max(self.resident_step(row), self.bytes_to_move(row) / self.bandwidth(row))
 
     def ratio(self, row: Row) -> float:
         return statistics.median(row.seconds) / self.bound(row)
+
+    def faster(self, row: Row) -> list[Row]:
+        """The ways of others that take less time than ``row`` with as much swapped."""
+        own = statistics.median(row.seconds)
+        return [
+            other
+            for other in self.complete()
+            if other.place == row.place
+            and not other.way.startswith((Resident.name, PluginWay.name))
+            and statistics.median(other.seconds) < own
+        ]
 
     def timing(self, row: Row) -> Timing:
         """What predictions for the point of ``row`` are made of."""
@@ -122,7 +147,7 @@ class Results:
 
     def over_native(self, row: Row) -> float | None:
         """The step over what it is with PyTorch's own allocator, where both were measured."""
-        native = self.rows.get(((*row.place[:3], "native"), row.way))
+        native = self.rows.get(((*row.place[:-1], "native"), row.way))
         if native is None or native is row or not native.load_seconds:
             return None
         return statistics.median(row.seconds) / statistics.median(native.seconds)
@@ -147,25 +172,27 @@ class Suite:
     def run(self, save: Callable[[Results], object]) -> None:
         """Measure everything; ``save`` gets the results so far whenever a point is done."""
         self._save = save
-        for form in self.settings.formats:
-            gguf, reason = _gguf_of(form)
-            if reason is not None:
-                self.results.not_at_hand[form] = reason
-            elif not self._out_of_time(form):
-                self._say(f"{form}: making the weights of {self.settings.layers} blocks")
-                self._measure_format(form, gguf)
-                self.machine.clear()
+        for shape in self.settings.shapes:
+            for form in self.settings.formats:
+                gguf, reason = _gguf_of(form)
+                what = f"{shape.name}, {form}"
+                if reason is not None:
+                    self.results.not_at_hand[form] = reason
+                elif not self._out_of_time(what):
+                    self._say(f"{what}: making the weights of {shape.layers} blocks")
+                    self._measure_format(Weights(shape, form, gguf))
+                    self.machine.clear()
 
-    def _measure_format(self, form: str, gguf) -> None:
-        settings = self.settings
-        weights = wan.Weights(settings.shape, settings.layers, form, gguf)
-        self.results.weights[form] = weights.nbytes
-        points = list(self._points(form, sizes_of(weights.model())))
-        for length in settings.lengths:
-            self.results.flops[form, length.name] = weights.flops(length)
+    def _measure_format(self, weights: Weights) -> None:
+        settings, shape, form = self.settings, weights.shape, weights.form
+        self.results.weights[shape.name, form] = weights.nbytes
+        sizes = _sizes_of(weights.model(), str(self.machine.device))
+        points = list(self._points(shape.name, form, sizes))
+        for length in shape.lengths:
+            self.results.flops[shape.name, form, length] = shape.flops(length)
         # Of the lengths that fit: what the resident model gives, and how long it takes.
-        self._expected: dict[wan.Length, torch.Tensor] = {}
-        self._resident: dict[wan.Length, float] = {}
+        self._expected: dict[Length, torch.Tensor] = {}
+        self._resident: dict[Length, float] = {}
         self._measure_way(Resident(self.machine), weights, points[0], reference=True)
         for point in points:
             for number in range(settings.rounds):
@@ -178,17 +205,16 @@ class Suite:
                         self._try_way(way, weights, point, what)
             self._save(self.results)
 
-    def _points(self, form: str, sizes) -> Iterable[Point]:
-        """One point per share that swaps another number of blocks than the one before."""
+    def _points(self, model: str, form: str, sizes: ModelSizes) -> Iterable[Point]:
+        """One point per share that swaps other blocks than the one before."""
         seen = None
         for share in self.settings.shares:
-            wanted = round(len(sizes.blocks) * share / 100)
-            split = split_with(sizes, wanted, str(self.machine.device))
-            if len(split.swapped) != seen:
-                yield Point(form, share, split)
-            seen = len(split.swapped)
+            split = split_with(sizes, share, str(self.machine.device))
+            if split.homes != seen:
+                yield Point(model, form, share, split)
+            seen = split.homes
 
-    def _try_way(self, way: Way, weights: wan.Weights, point: Point, what: str) -> None:
+    def _try_way(self, way: Way, weights: Weights, point: Point, what: str) -> None:
         """Measure a way; what it raises is a result, and leaves the machine to the others."""
         try:
             self._measure_way(way, weights, point)
@@ -211,7 +237,7 @@ class Suite:
             self.machine.clear()
 
     def _measure_way(
-        self, way: Way, weights: wan.Weights, point: Point, reference: bool = False
+        self, way: Way, weights: Weights, point: Point, reference: bool = False
     ) -> None:
         machine = self.machine
         machine.reset_peak()
@@ -223,12 +249,13 @@ class Suite:
             machine.module.synchronize(machine.device)
             load_seconds, peak_load = time.perf_counter() - start, machine.peak()
             ran = False
-            for length in self.settings.lengths if reference else self._expected:
+            shape = weights.shape
+            for length in shape.lengths if reference else list(self._expected):
                 if reference:
-                    self._try_reference(forward, length)
+                    self._try_reference(forward, shape, length)
                 elif not self._out_of_time(f"{self._name(way, point)}, {length.name}"):
                     row = self._row(way, point, length)
-                    first = self._measure_length(way, forward, row)
+                    first = self._measure_length(way, forward, shape, row)
                     if not ran:  # later lengths find what the first pass has left
                         row.first_seconds.append(load_seconds + first)
                     ran = True
@@ -244,52 +271,53 @@ class Suite:
         del model, forward
         machine.check()
 
-    def _row(self, way: Way, point: Point, length: wan.Length) -> Row:
-        row = Row(point.form, length, point, way.name, self.machine.allocator)
+    def _row(self, way: Way, point: Point, length: Length) -> Row:
+        row = Row(length, point, way.name, self.machine.allocator)
         return self.results.rows.setdefault((row.place, row.way), row)
 
     def _name(self, way: Way, point: Point) -> str:
         """What is measured, in words."""
-        words = [point.form, f"{point.swapped}/{point.layers} swapped", way.name]
+        words = [point.model, point.form, f"{point.swapped}/{point.layers} swapped", way.name]
         return ", ".join(words + self._with_allocator())
 
     def _with_allocator(self) -> list[str]:
         return [f"allocator {self.machine.allocator}"] if self.machine.allocator else []
 
-    def _try_reference(self, forward, length: wan.Length) -> None:
+    def _try_reference(self, forward, shape: Shape, length: Length) -> None:
         try:
-            self._set_reference(forward, length)
+            self._set_reference(forward, shape, length)
         except torch.OutOfMemoryError:
-            name = ", ".join([length.name, *self._with_allocator()])
+            name = ", ".join([shape.name, length.name, *self._with_allocator()])
             self.results.failed.append(f"{name}: does not fit with everything resident")
 
-    def _set_reference(self, forward, length: wan.Length) -> None:
+    def _set_reference(self, forward, shape: Shape, length: Length) -> None:
         """Learn what a length gives, and how long it takes with everything resident."""
-        self.machine.set_length(length, None, 0, 0)
-        given = wan.inputs(length, self.machine.device)
-        forward(*given)
-        passes = self.machine.passes(lambda: forward(*given), 1)
+        self.machine.set_length(length, None, 0)
+        given = shape.inputs(length, self.machine.device)
+        forward(**given)
+        passes = self.machine.passes(lambda: forward(**given), 1)
         (self._resident[length],) = passes.seconds
         self._expected[length] = passes.last.cpu()
 
-    def _measure_length(self, way: Way, forward, row: Row) -> float:
+    def _measure_length(self, way: Way, forward, shape: Shape, row: Row) -> float:
         """Run passes of one length into ``row``; returns the seconds of the first one."""
-        machine, length, point = self.machine, row.length, row.point
-        step, block = self._resident[length], point.split.sizes.blocks[0].nbytes
-        machine.set_length(length, step, point.layers, block)
+        machine, length, sizes = self.machine, row.length, row.point.split.sizes
+        step = self._resident[length]
+        machine.set_length(length, step, sum(block.nbytes for block in sizes.blocks))
         if isinstance(way, Resident):  # once per round
             bandwidths = self.results.bandwidths.setdefault(row.place, [])
-            bandwidths.append(machine.bandwidth(block))
-        given = wan.inputs(length, machine.device)
+            bandwidths.append(machine.bandwidth(sizes.largest_block))
+        given = shape.inputs(length, machine.device)
         machine.reset_peak()
-        took = machine.one_pass(lambda: forward(*given))
+        took = machine.one_pass(lambda: forward(**given))
         first_seconds = took.whole
-        for _ in range(0 if step > LONG_STEP else WARM_UP - 1):
-            took = machine.one_pass(lambda: forward(*given))
+        for _ in range(0 if step > LONG_STEP else way.warm_up - 1):
+            took = machine.one_pass(lambda: forward(**given))
             row.host_seconds.append(took.queuing)
         row.equal &= torch.equal(took.result.cpu(), self._expected[length])
         del took
-        passes = machine.passes(lambda: forward(*given), self.settings.passes_of(step))
+        passes = machine.passes(lambda: forward(**given), self.settings.passes_of(step))
+        row.split = way.split(row.point)
         row.seconds += passes.seconds
         row.host_seconds.append(passes.queuing)
         row.equal &= torch.equal(passes.last.cpu(), self._expected[length])
@@ -307,6 +335,12 @@ class Suite:
             print(text, file=sys.stderr, flush=True)
 
 
+def _sizes_of(model: torch.nn.Module, compute: str) -> ModelSizes:
+    """The sizes of a model as this plugin sees them."""
+    allocation = parse_allocation("cpu,*", ("cpu", compute), compute)
+    return SwappedModel(model, allocation, page_locks()).sizes
+
+
 def _gguf_of(form: str):
     """ComfyUI-GGUF for a format of its own, and why it is not at hand, if so."""
     if form == "bf16":
@@ -315,6 +349,6 @@ def _gguf_of(form: str):
     if not folder:
         return None, "not at hand: GGUF_DIR names no checkout of ComfyUI-GGUF"
     try:
-        return wan.import_package("bench_gguf", Path(folder), "dequant", "ops"), None
+        return import_package("bench_gguf", Path(folder), "dequant", "ops"), None
     except ImportError as error:
         return None, f"not at hand: {error}"
