@@ -18,6 +18,7 @@ import torch
 
 from . import device_utils
 from .block_order import BlockOrders
+from .block_views import ListSite
 from .device_utils import running_on, synchronize
 from .donor_link import Links, Slot, Use
 from .module_calls import DividedSite, Site
@@ -72,6 +73,7 @@ class BlockSwap:
         self._blocks_of = functools.partial(_blocks_of, self.calls, self._leading)
         self._order = BlockOrders(self._blocks_of)
         self._sites: list[Site] = []
+        self._lists: list[ListSite] = []
         self._taken: set[int] = set()  # in the pass that runs
         self._ran: set[int] = set()  # in passes that were completed
         self._held: set[int] = set()  # by what these were passes of
@@ -162,7 +164,7 @@ class BlockSwap:
 
     def drive(self, model: torch.nn.Module) -> Callable[[], None]:
         """Let ``model`` run through this swap; returns the function that undoes it."""
-        undo, self._sites = drive(self, model)
+        undo, self._sites, self._lists = drive(self, model)
         return undo
 
     def find_room(self, error: Exception, may_repeat: Callable[[], bool]) -> bool:
@@ -215,6 +217,9 @@ class BlockSwap:
             self._order.begin(entry)
             for site in self._sites:
                 site.follow()
+            for blocks in self._lists:
+                inside.callback(blocks.leave)
+                blocks.enter()
             self._inside = inside.pop_all()
 
     def _close(self, completed: bool) -> None:

@@ -16,6 +16,7 @@ from typing import Protocol
 import torch
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from .block_views import ListSite
 from .module_calls import (
     CallSite,
     DividedSite,
@@ -55,10 +56,13 @@ class Swap(Protocol):
 _HIDDEN = ("enter_block", "leave_block", "_open", "_close")
 
 
-def drive(swap: Swap, model: torch.nn.Module) -> tuple[Callable[[], None], list[Site]]:
-    """Let ``model`` run through ``swap``: the function that undoes it, and where blocks are called.
+def drive(
+    swap: Swap, model: torch.nn.Module
+) -> tuple[Callable[[], None], list[Site], list[ListSite]]:
+    """Let ``model`` run through ``swap``.
 
-    Hooks are on instances, and hold them weakly: a model that nobody else holds dies.
+    Returns the function that undoes it, where blocks are called, and where they are listed. Hooks
+    are on instances, and hold them weakly: a model that nobody else holds dies.
     """
     _hide_from_dynamo(type(swap))
     driving = [True]  # empty once this is undone: an entry that others have kept only calls on
@@ -100,7 +104,27 @@ def drive(swap: Swap, model: torch.nn.Module) -> tuple[Callable[[], None], list[
         for site in (*blocks, *entries, *lookups):
             site.detach()
 
-    return undo, blocks
+    lists = [
+        ListSite(swap, model, path, parts, lambda: not is_plain())
+        for path, parts in _lists(swap, model).items()
+    ]
+    return undo, blocks, lists
+
+
+def _lists(swap: Swap, model: torch.nn.Module) -> dict[str, dict[str, tuple[int, ...]]]:
+    """The flat lists of blocks by name; for each the indices that belong to its members, by key."""
+    names = {own[0]: (index,) for index, own in enumerate(swap.calls)} | dict(swap.wholes)
+    lists: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, indices in names.items():
+        path, _, key = name.rpartition(".")
+        if isinstance(model.get_submodule(path), torch.nn.ModuleList):
+            lists.setdefault(path, {})[key] = tuple(indices)
+    return {
+        path: parts
+        for path, parts in lists.items()
+        if path
+        and not isinstance(model.get_submodule(path.rpartition(".")[0]), torch.nn.ModuleList)
+    }
 
 
 def _wrap(hook: Callable, swap: Swap, *args) -> Wrap:

@@ -657,3 +657,40 @@ def test_what_has_written_into_its_inputs_does_not_run_again(writes, repeats):
                 model(x.to(COMPUTE))
         assert at_home(swap, model)
         assert torch.equal(model(x.to(COMPUTE)).cpu(), expected)
+
+
+def _reads_weights(model, x):
+    for block in model.blocks:
+        x = x + block.modulation * block.scale
+    return x
+
+
+def _calls_children(model, x):
+    for i in range(len(model.blocks)):
+        x = x + model.blocks[i].down(torch.tanh(model.blocks[i].up(x)))
+    return x
+
+
+def _looks_then_calls(model, x):
+    device = model.blocks[-1].up.weight.device
+    for block in model.blocks[1:]:
+        x = block(x.to(device))
+    return x
+
+
+@pytest.mark.parametrize("loop", [_reads_weights, _calls_children, _looks_then_calls])
+@pytest.mark.parametrize("after", [False, True])
+def test_a_forward_of_others_may_take_blocks_apart(loop, after):
+    """Nodes replace a model's forward by one that has its blocks' code inside."""
+    model, reference = Model(), Model()
+    swap = swap_of(model, HOMES["all"], drive=after)
+    model.loop = lambda x: loop(model, x)
+    reference.loop = lambda x: loop(reference, x)
+    if not after:
+        swap.drive(model)
+    assert equal(run(model, 3), [y.cpu() for y in run(reference, 3)])
+    assert at_home(swap, model)
+    assert isinstance(model.blocks, torch.nn.ModuleList) and "blocks" not in vars(model)
+    del model.loop
+    swap.drive(model)
+    assert equal(run(model), expected())
