@@ -240,8 +240,8 @@ def test_swapped_is_unswapped(bench, unswapped, name, case, split):
         assert len(swapped) == len(names)
     for key, blocks in lists.items():
         share = sum(other.startswith(key + ".") for other in swapped)
-        if len(blocks):
-            assert 0 < share <= len(blocks)
+        # Of blocks of different sizes, half of the bytes may be one list.
+        assert (0 if key == "vace_blocks" else 1) <= share <= len(blocks)
     check(subject, expected[:2] if split == "half" else expected)
 
 
