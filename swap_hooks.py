@@ -173,16 +173,19 @@ def _opening(
         tensors = (a for a in (*args, kwargs.get("x")) if isinstance(a, torch.Tensor))
         shape = next((tensor.shape for tensor in tensors), None)
         eager = not torch.compiler.is_compiling()  # what is compiled as a whole fails as a whole
-        given = Contents(args, kwargs) if swap.repeats and eager else None
+        given, begun = None, False
         while True:
             try:
+                if given is None and swap.repeats and eager:
+                    given = Contents(args, kwargs)
+                begun = True
                 with swap.forward_pass(entry, shape):
                     return call(*args, **kwargs)
             except Exception as error:
                 # What the method computes is a function of its inputs: it can run again.
                 own = is_plain() and not keeps_state(args, kwargs, not swap.in_pass)
-                may_repeat = given.are_as_before if own and given is not None else bool
-                if not swap.find_room(error, may_repeat):
+                untouched = given.are_as_before if given else functools.partial(bool, not begun)
+                if not swap.find_room(error, untouched if own else bool):
                     raise
 
     return opening
@@ -203,14 +206,26 @@ class Contents:
         inner = tree_leaves([vars(o) for o in objects if hasattr(o, "__dict__")])
         self._tensors = [leaf for leaf in (*leaves, *inner) if isinstance(leaf, torch.Tensor)]
         self._before = [hash_of(tensor) for tensor in self._tensors]
+        # Where a call has run out of memory, there is to be some for its hashes.
+        self._reserve = [
+            torch.empty(_scratch_bytes(tensor), dtype=torch.uint8, device=tensor.device)
+            for tensor in {t.device: t for t in sorted(self._tensors, key=_scratch_bytes)}.values()
+        ]
 
     def are_as_before(self) -> bool:
         """Whether nothing was written; where that cannot be told, something may have been."""
+        self._reserve.clear()
         try:
             now = [hash_of(tensor) for tensor in self._tensors]
         except RuntimeError:  # no memory for it, or the device has more to complain of
             return False
         return all(map(torch.equal, now, self._before))
+
+
+def _scratch_bytes(tensor: torch.Tensor) -> int:
+    """What ``hash_of`` allocates at most: some vectors of int64, of rows and columns."""
+    columns = tensor.shape[-1] if tensor.dim() else 1
+    return 8 * 8 * (tensor.numel() // max(1, columns) + columns + 1)
 
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
