@@ -167,18 +167,24 @@ class BlockSwap:
         undo, self._sites, self._lists = drive(self, model)
         return undo
 
-    def find_room(self, error: Exception, may_repeat: Callable[[], bool]) -> bool:
-        """Whether ``error`` is the allocator's and room was made: what failed may run again."""
+    def find_room(self, error: Exception, may_repeat: bool, untouched: Callable[[], bool]) -> bool:
+        """Whether ``error`` is the allocator's and room was made: what failed may run again.
+
+        That is, if its inputs are ``untouched``; to look at them takes some room, too.
+        """
         missing = device_utils.missing_memory(error)
         if missing is None or self.on_missing is None:
             return False
-        if not may_repeat():
+        if not may_repeat:
             self.watch.report_missing(missing)
             return False
         self._release_slots()
         self.watch.drop_timer()
         if not self.on_missing(missing):
             self.watch.report_missing(missing)
+            return False
+        if not untouched():
+            logger.warning("[MultiGPU] block swap: the pass has written into its inputs: it fails")
             return False
         # The frames of what failed hold its tensors.
         traceback.clear_frames(error.__traceback__)

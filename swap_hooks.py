@@ -49,7 +49,9 @@ class Swap(Protocol):
 
     def leave_block(self, *indices: int) -> None: ...
 
-    def find_room(self, error: Exception, may_repeat: Callable[[], bool]) -> bool: ...
+    def find_room(
+        self, error: Exception, may_repeat: bool, untouched: Callable[[], bool]
+    ) -> bool: ...
 
 
 # Of a swap: what ``torch.compile`` has to keep out of.
@@ -185,7 +187,7 @@ def _opening(
                 # What the method computes is a function of its inputs: it can run again.
                 own = is_plain() and not keeps_state(args, kwargs, not swap.in_pass)
                 untouched = given.are_as_before if given else functools.partial(bool, not begun)
-                if not swap.find_room(error, untouched if own else bool):
+                if not swap.find_room(error, own and swap.repeats, untouched):
                     raise
 
     return opening
@@ -203,18 +205,12 @@ class Contents:
         options = kwargs.get("transformer_options")
         leaves = tree_leaves((args, kwargs))
         objects = tree_leaves((args, {k: v for k, v in kwargs.items() if v is not options}))
-        inner = tree_leaves([vars(o) for o in objects if hasattr(o, "__dict__")])
+        inner = tree_leaves([vars(o) for o in objects if _may_hold_tensors(o)])
         self._tensors = [leaf for leaf in (*leaves, *inner) if isinstance(leaf, torch.Tensor)]
         self._before = [hash_of(tensor) for tensor in self._tensors]
-        # Where a call has run out of memory, there is to be some for its hashes.
-        self._reserve = [
-            torch.empty(_scratch_bytes(tensor), dtype=torch.uint8, device=tensor.device)
-            for tensor in {t.device: t for t in sorted(self._tensors, key=_scratch_bytes)}.values()
-        ]
 
     def are_as_before(self) -> bool:
         """Whether nothing was written; where that cannot be told, something may have been."""
-        self._reserve.clear()
         try:
             now = [hash_of(tensor) for tensor in self._tensors]
         except RuntimeError:  # no memory for it, or the device has more to complain of
@@ -222,10 +218,9 @@ class Contents:
         return all(map(torch.equal, now, self._before))
 
 
-def _scratch_bytes(tensor: torch.Tensor) -> int:
-    """What ``hash_of`` allocates at most: some vectors of int64, of rows and columns."""
-    columns = tensor.shape[-1] if tensor.dim() else 1
-    return 8 * 8 * (tensor.numel() // max(1, columns) + columns + 1)
+def _may_hold_tensors(argument: object) -> bool:
+    """Whether an argument is an object of others, whose attributes a call may write into."""
+    return hasattr(argument, "__dict__") and not isinstance(argument, (torch.nn.Module, type))
 
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
