@@ -29,6 +29,9 @@ from .swap_hooks import drive, holds
 
 logger = logging.getLogger("MultiGPU")
 
+# On an error: memory was given back for what has failed.
+ROOM_MADE = "_distorch2_room_made"
+
 
 class BlockSwap:
     """Runs the blocks of one model on ``compute_device``, wherever their homes are.
@@ -180,11 +183,14 @@ class BlockSwap:
             return False
         self._release_slots()
         self.watch.drop_timer()
-        if not self.on_missing(missing):
+        # A call inside of this one may have had room made, and not have been able to use it.
+        if not (hasattr(error, ROOM_MADE) or self.on_missing(missing)):
             self.watch.report_missing(missing)
             return False
         if not untouched():
-            logger.warning("[MultiGPU] block swap: the pass has written into its inputs: it fails")
+            setattr(error, ROOM_MADE, True)
+            if not self.in_pass:
+                logger.warning("[MultiGPU] block swap: it has written into its inputs: it fails")
             return False
         # The frames of what failed hold its tensors.
         traceback.clear_frames(error.__traceback__)
